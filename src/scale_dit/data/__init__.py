@@ -1,0 +1,1 @@
+"""Training data: procedural scenes, photographs, and the latent cache."""

@@ -1,0 +1,141 @@
+"""Training of the embedded base: transformer and both text encoders together, on the autoencoder's latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from torch import Tensor, nn
+
+from scale_dit.embedded.build import build_text, build_transformer, initialise_transformer, save_pipeline
+from scale_dit.errors import UserError
+from scale_dit.optimisers import warmup_cosine
+
+
+class TinyBaseModule(lightning.LightningModule):
+    """Flow matching (Esser et al. 2024) of a small FLUX: x_t = (1-t) x_0 + t eps, target eps - x_0.
+
+    Batch: `latents` `[B, 16, h, w]` normalised, `clip_ids` `[B, 77]`, `t5_ids` `[B, 64]`.
+
+    Args:
+        vae: Folder that holds `vae/` of a trained autoencoder (`experiment=tiny_vae` writes it).
+        captions: Texts from which the tokenizers are learnt.
+        learning_rate: Peak of a warm-up and cosine schedule.
+        caption_dropout: Share of captions replaced by the empty text, for classifier-free guidance.
+        largest_offset: Half of the batches shift all positions by up to this many tokens a side, so that positions
+            beyond the native grid are not foreign to the rotary embedding.
+        export: Folder that gets the whole pipeline when training ends.
+    """
+
+    def __init__(
+        self,
+        vae: str,
+        captions: list[str] | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        caption_dropout: float = 0.1,
+        largest_offset: int = 64,
+        export: str | None = None,
+    ):
+        super().__init__()
+        self.save_hyperparameters(ignore=["captions"])
+        if not (Path(vae) / "vae").is_dir():
+            raise UserError(f"no autoencoder in {vae}/vae; train it first: python src/train.py experiment=tiny_vae")
+        self.vae = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
+        text = build_text(captions or sample_captions())
+        self.tokenizer, self.tokenizer_2 = text["tokenizer"], text["tokenizer_2"]
+        self.text_encoder: nn.Module = text["text_encoder"]  # type: ignore[assignment]
+        self.text_encoder_2: nn.Module = text["text_encoder_2"]  # type: ignore[assignment]
+        self.transformer = build_transformer()
+        initialise_transformer(self.transformer)
+        self.empty = self.tokenize([""])
+
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids as FluxPipeline makes them: CLIP `[B, 77]` and T5 `[B, 64]`, padded, without a mask."""
+        clip = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        t5 = self.tokenizer_2(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return clip.input_ids, t5.input_ids
+
+    def configure_model(self) -> None:
+        """Compile the repeated blocks on a GPU."""
+        if self.device.type == "cuda":
+            self.transformer.compile_repeated_blocks(fullgraph=True)
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """One flow-matching step."""
+        latents = batch["latents"].float()
+        count, _, height, width = latents.shape
+        clip_ids, t5_ids = self._drop_captions(batch["clip_ids"], batch["t5_ids"])
+        noise = torch.randn_like(latents)
+        t = torch.sigmoid(torch.randn(count, device=latents.device))
+        noisy = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
+        text = self.text_encoder_2(t5_ids)[0]
+        velocity = self.transformer(
+            hidden_states=pack(noisy),
+            encoder_hidden_states=text,
+            pooled_projections=self.text_encoder(clip_ids).pooler_output,
+            timestep=t,
+            img_ids=self._positions(height // 2, width // 2),
+            txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
+            return_dict=False,
+        )[0]
+        loss = nn.functional.mse_loss(velocity.float(), pack(noise - latents))
+        self.log("train/loss", loss)
+        return loss
+
+    def _drop_captions(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+        drop = torch.rand(len(clip_ids), 1, device=clip_ids.device) < self.hparams.caption_dropout
+        empty_clip, empty_t5 = (ids.to(clip_ids.device) for ids in self.empty)
+        return torch.where(drop, empty_clip, clip_ids.long()), torch.where(drop, empty_t5, t5_ids.long())
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+        if torch.rand(()) < 0.5:
+            ids[:, 1:] += torch.randint(0, self.hparams.largest_offset + 1, (2,))
+        return ids.to(self.device)
+
+    def pipeline(self) -> FluxPipeline:
+        """The stock pipeline over the current weights."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **self._components())
+
+    def _components(self) -> dict[str, object]:
+        names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer")
+        return {name: getattr(self, name) for name in names}
+
+    def on_fit_end(self) -> None:
+        """Export the pipeline."""
+        if self.hparams.export and self.trainer.is_global_zero:
+            components = self._components()
+            fresh = build_transformer()
+            fresh.load_state_dict(self.transformer.state_dict())
+            save_pipeline(components | {"transformer": fresh}, self.hparams.export)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW over everything but the frozen autoencoder."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            parameters,
+            lr=self.hparams.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=self.hparams.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        return warmup_cosine(optimiser, int(self.trainer.estimated_stepping_batches), warmup=500)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """FLUX's 2x2 packing: `[B, C, 2h, 2w]` -> `[B, h*w, 4C]`."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def sample_captions(count: int = 20_000) -> list[str]:
+    """Captions of training scenes, for learning the tokenizers."""
+    from scale_dit.data.captions import caption
+    from scale_dit.data.scenes import sample_scene
+
+    return [caption(sample_scene(seed, split="tokenizer"), seed) for seed in range(count)]

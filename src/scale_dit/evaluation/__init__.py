@@ -1,0 +1,1 @@
+"""Measuring pictures: metrics, the runner that compares arms, and the table of quoted figures."""
