@@ -73,6 +73,6 @@ def guidance_grid(grid: Grid, scale: float, max_tokens: int | None = None) -> Gr
     height, width = (max(1, math.floor(side / scale + 0.5)) for side in (grid.height, grid.width))
     if max_tokens is not None and height * width > max_tokens:
         reduction = math.sqrt(height * width / max_tokens)
-        height, width = max(1, int(height / reduction)), max(1, int(width / reduction))
-        height, width = min(height, max_tokens // width), min(width, max_tokens // height)
-    return Grid(max(1, height), max(1, width), grid.cell)
+        height = min(max(1, int(height / reduction)), max_tokens)
+        width = min(max(1, int(width / reduction)), max_tokens // height)
+    return Grid(height, width, grid.cell)

@@ -1,0 +1,91 @@
+"""The one attention call: `attend(text, image, guidance, layout, backend)`.
+
+A backend is a module of this package, named as the file. It offers
+
+    unavailable(device, dtype) -> str | None
+        why it cannot run there and what to do about it, or `None`;
+    attend(text, image, guidance, layout, scale) -> (text_out, image_out)
+        where `text` and `image` are (query, key, value) and `guidance` is (key, value), `[B, tokens, H, D]` each, and
+        absent parts have no tokens.
+
+Modules are imported when they are asked for, so a backend may need libraries that others do not.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from scale_dit.errors import UserError
+from scale_dit.layout import Layout
+
+QueryKeyValue = tuple[Tensor, Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
+
+
+def attend(
+    text: QueryKeyValue | None,
+    image: QueryKeyValue,
+    guidance: KeyValue | None,
+    layout: Layout,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of text and image rows over the keys that `layout` lets them read.
+
+    Args:
+        text: query, key, value of the text tokens, `[B, T, H, D]` each, strided at will; `None` where T is 0.
+        image: the same of the image tokens in memory order, `[B, N, H, D]`.
+        guidance: key, value of the guidance tokens in memory order, `[B, L, H, D]`; `None` where L is 0.
+        layout: who reads whom; its token counts must be those of the tensors.
+        backend: a name from `backends()`, or `auto`.
+        scale: factor of the logits, `D ** -0.5` by default.
+
+    Returns:
+        Outputs of the text rows `[B, T, H, D]` and of the image rows `[B, N, H, D]`.
+
+    Raises:
+        UserError: if the backend is unknown or cannot run here.
+        ValueError: if a tensor's token count is not the layout's.
+    """
+    query = image[0]
+    nothing = query[:, :0]
+    text = text or (nothing, nothing, nothing)
+    guidance = guidance or (nothing, nothing)
+    for name, parts, tokens in (
+        ("text", text, layout.text),
+        ("image", image, layout.image.tokens),
+        ("guidance", guidance, layout.guidance_tokens),
+    ):
+        if any(part.shape[1] != tokens for part in parts):
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
+            raise ValueError(
+                f"The layout has {tokens} {name} tokens, but the tensors are {shapes} ([B, tokens, H, D])."
+            )
+
+    if backend == "auto":
+        backend, _ = choose_backend(query.device, query.dtype, layout)
+    module = _module(backend)
+    if problem := module.unavailable(query.device, query.dtype):
+        raise UserError(f"Attention backend '{backend}' cannot run here: {problem}")
+    return module.attend(text, image, guidance, layout, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def backends() -> list[str]:
+    """Names of all attention backends."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> tuple[str, str]:
+    """The backend that `auto` takes for these inputs, and why."""
+    return "sdpa", "exact, with gradients, on every device"
+
+
+def _module(backend: str) -> ModuleType:
+    if backend not in backends():
+        raise UserError(f"Unknown attention backend '{backend}': use one of auto, {', '.join(backends())}.")
+    return import_module(f"{__name__}.{backend}")

@@ -1,0 +1,268 @@
+"""Who reads whom: the one source of every mask, tile list, index and FLOP count.
+
+A layout is a few integers. Windows, their grown neighbourhoods and their guidance patches are rectangles, and each
+rectangle is the product of two spans, one per axis; so everything is worked out from the sides of the picture, at any
+size, and nothing of size S x S is made unless it is asked for.
+
+    query     reads text      image                             guidance
+    text      all             all (or none)                     none
+    image     all             its window grown by the halo      a patch under the window (aligned) or all (global)
+    guidance  (a layout of its own, see `Layout.for_guidance`)
+
+"Memory order" is the order in which tokens are laid out (see `order.py`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scale_dit import order as orders
+from scale_dit.errors import UserError
+from scale_dit.grid import Grid
+from scale_dit.windows import Rectangle, Span, Window, spans
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from scale_dit.tiles import Tiles
+
+SCOPES = ("aligned", "global")
+REACHES = ("adjacent", "all")
+DENSE_MASK_LIMIT = 2**28
+"""Largest dense mask that is built, in entries (256 MiB of booleans)."""
+
+
+class Group(NamedTuple):
+    """Windows of equal counts, as places in memory: ready for one batched gather.
+
+    Each row is ascending, and rows are sorted by their first query.
+    """
+
+    queries: Tensor
+    """int64 `[windows, query tokens]`, places among the image tokens."""
+    keys: Tensor
+    """int64 `[windows, key tokens]`, places among the image tokens."""
+    guidance: Tensor
+    """int64 `[windows, guidance tokens]`, places among the guidance tokens; no columns without guidance."""
+
+
+class Pairs(NamedTuple):
+    """Numbers of (query, key) pairs by part, for one sample and one head."""
+
+    text_rows: int
+    image_to_text: int
+    image_to_image: int
+    image_to_guidance: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who reads whom among `text` text tokens, the picture's tokens and the draft's (guidance) tokens.
+
+    Args:
+        text: number of text tokens T.
+        image: the picture's grid, N tokens.
+        guidance: the draft's grid, L tokens; `None`: no guidance.
+        window: side of a window in tokens, a multiple of the cell; `None`: one window, the whole picture.
+        halo: how far the keys of a window reach beyond it, in tokens, a multiple of the cell. Every token then reads
+            all tokens within this (Chebyshev) distance.
+        shift: displacement of the window borders in tokens, a multiple of the cell below the window.
+        scope: guidance that a window reads: `aligned`, the 2 x 2 cells nearest to its centre, or `global`, all.
+        text_reads_image: whether text rows read the image, as in the base model.
+        order: memory order of the image and guidance tokens, a name from `order.ORDERS`.
+
+    Raises:
+        UserError: naming the value, what is allowed and the remedy.
+    """
+
+    text: int
+    image: Grid
+    guidance: Grid | None = None
+    window: int | None = None
+    halo: int = 0
+    shift: int = 0
+    scope: str = "aligned"
+    text_reads_image: bool = True
+    order: str = "window"
+
+    def __post_init__(self) -> None:
+        cell = self.image.cell
+        if self.text < 0:
+            raise UserError(f"Text length is {self.text} tokens, but it cannot be negative.")
+        if self.window is not None:
+            self._check_multiple("Window", self.window, lowest=cell)
+            longest = max(self.image.cells_high, self.image.cells_wide) * cell
+            if self.window > longest:
+                raise UserError(
+                    f"Window {self.window} is larger than the picture's grid of {self.image.height} x "
+                    f"{self.image.width} tokens: use at most {longest}, or null for the whole picture."
+                )
+        self._check_multiple("Halo", self.halo, lowest=0)
+        self._check_multiple("Shift", self.shift, lowest=0)
+        if self.shift >= (self.window or 1):
+            allowed = "0, since one window covers the whole picture" if self.window is None else f"below {self.window}"
+            raise UserError(f"Shift {self.shift} must be {allowed}.")
+        if self.scope not in SCOPES:
+            raise UserError(f"Unknown guidance scope '{self.scope}': use one of {', '.join(SCOPES)}.")
+        orders.check(self.order)
+
+    def _check_multiple(self, name: str, value: int, lowest: int) -> None:
+        cell = self.image.cell
+        if value < lowest or value % cell:
+            near = max(lowest, value // cell * cell)
+            raise UserError(
+                f"{name} {value} must be a multiple of the cell ({cell} tokens), at least {lowest}: "
+                f"use {near} or {near + cell}."
+            )
+
+    @classmethod
+    def for_guidance(cls, guidance: Grid, reach: str = "adjacent", order: str = "window") -> Layout:
+        """The layout of the guidance pass, in which the draft's tokens are the image and there is no text.
+
+        Every cell reads itself and the adjacent cells, or with `reach="all"` everything.
+
+        Raises:
+            UserError: if `reach` or `order` is unknown.
+        """
+        if reach not in REACHES:
+            raise UserError(f"Unknown guidance reach '{reach}': use one of {', '.join(REACHES)}.")
+        if reach == "all":
+            return cls(0, guidance, order=order)
+        return cls(0, guidance, window=guidance.cell, halo=guidance.cell, order=order)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every row reads every key, so that the layout is plain joint attention."""
+        one_window = len(self.windows) == 1
+        return one_window and self.guidance is None and (self.text_reads_image or self.text == 0)
+
+    @property
+    def guidance_tokens(self) -> int:
+        return self.guidance.tokens if self.guidance else 0
+
+    @property
+    def image_order(self) -> Tensor:
+        """Raster index of the image token at each place in memory, int64 `[N]`. Cached, read-only."""
+        return orders.permutation(self.image, self.order, self.window)
+
+    @property
+    def guidance_order(self) -> Tensor:
+        """Raster index of the guidance token at each place in memory, int64 `[L]`. Cached, read-only."""
+        if self.guidance is None:
+            raise ValueError("This layout has no guidance tokens.")
+        return orders.permutation(self.guidance, self.order, self.guidance.cell)
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """All windows in raster order. Their queries part the picture."""
+        return tuple(Window.crossing(row, column) for row, column in product(*self._axes))
+
+    @cached_property
+    def _axes(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """The windows along the rows and along the columns of the picture."""
+        shape = {name: getattr(self, name) for name in ("window", "halo", "shift", "scope")}
+        draft = (self.guidance.height, self.guidance.width) if self.guidance else (0, 0)
+        rows, columns = (
+            spans(side, guidance_side, cell=self.image.cell, **shape)
+            for side, guidance_side in zip((self.image.height, self.image.width), draft, strict=True)
+        )
+        return rows, columns
+
+    def groups(self) -> tuple[Group, ...]:
+        """The windows by equal numbers of query, image key and guidance key tokens. Cached, read-only."""
+        return _groups(self)
+
+    def dense_mask(self) -> Tensor:
+        """Who reads whom, bool `[T + N, T + N + L]`, rows and columns in memory order: text, image, guidance.
+
+        Raises:
+            UserError: if the mask would have more than `DENSE_MASK_LIMIT` entries.
+        """
+        rows = self.text + self.image.tokens
+        columns = rows + self.guidance_tokens
+        if rows * columns > DENSE_MASK_LIMIT:
+            raise UserError(
+                f"A dense mask of {rows:,} x {columns:,} entries is too large (limit {DENSE_MASK_LIMIT:,}): use a "
+                f"smaller picture, or an attention backend other than 'reference'."
+            )
+        mask = torch.zeros(rows, columns, dtype=torch.bool)
+        mask[:, : self.text] = True
+        mask[: self.text, self.text : rows] = self.text_reads_image
+        for group in self.groups():
+            keys = torch.cat([group.keys + self.text, group.guidance + rows], dim=1)
+            mask[group.queries[:, :, None] + self.text, keys[:, None, :]] = True
+        return mask
+
+    def attention_pairs(self) -> Pairs:
+        """How many (query, key) pairs one head computes, from the sides alone: microseconds at any size."""
+        rows, columns = self._axes
+        image_to_image, image_to_guidance = (
+            sum(len(span.queries) * len(getattr(span, part)) for span in rows)
+            * sum(len(span.queries) * len(getattr(span, part)) for span in columns)
+            for part in ("keys", "guidance")
+        )
+        text_keys = self.text + self.image.tokens * self.text_reads_image
+        return Pairs(self.text * text_keys, self.image.tokens * self.text, image_to_image, image_to_guidance)
+
+    def flops(self, heads: int, head_dim: int) -> int:
+        """Floating-point operations of one attention layer, forward, one sample: 4 pairs H D (two products)."""
+        return 4 * sum(self.attention_pairs()) * heads * head_dim
+
+    def tiles(self, block_m: int, block_n: int) -> Tiles:
+        """Which tiles of `block_m` image queries x `block_n` keys a kernel must visit. See `tiles.py`."""
+        from scale_dit.tiles import tiles
+
+        return tiles(self, block_m, block_n)
+
+    def block_mask(self, device: torch.device | str = "cpu") -> BlockMask:
+        """The image rows as FlexAttention's block mask. See `tiles.py`."""
+        from scale_dit.tiles import block_mask
+
+        return block_mask(self, torch.device(device))
+
+    def __str__(self) -> str:
+        pairs, tokens = self.attention_pairs(), self.image.tokens
+        window = f"windows of {self.window}" if self.window else "one window"
+        return (
+            f"{self.text} text, {self.image.height} x {self.image.width} image, {self.guidance_tokens} guidance tokens; "
+            f"{window}, halo {self.halo}, shift {self.shift}, {self.scope} guidance, {self.order} order; "
+            f"an image row reads {self.text} text, {pairs.image_to_image / tokens:,.0f} image and "
+            f"{pairs.image_to_guidance / tokens:,.0f} guidance keys on average"
+        )
+
+
+@lru_cache(maxsize=32)
+def _groups(layout: Layout) -> tuple[Group, ...]:
+    image = _places(layout.image, layout.image_order)
+    no_places = torch.empty(0, 0, dtype=torch.long)
+    guidance = _places(layout.guidance, layout.guidance_order) if layout.guidance else no_places
+    members = defaultdict(list)
+    for window in layout.windows:
+        parts = (
+            _within(image, window.queries),
+            _within(image, window.keys),
+            _within(guidance, window.guidance),
+        )
+        members[tuple(map(len, parts))].append(parts)
+    return tuple(
+        Group(*map(torch.stack, zip(*sorted(windows, key=lambda parts: int(parts[0][0])), strict=True)))
+        for windows in members.values()
+    )
+
+
+def _places(grid: Grid, permutation: Tensor) -> Tensor:
+    """Place in memory of every token of a grid, `[H, W]`."""
+    return permutation.argsort().view(grid.height, grid.width)
+
+
+def _within(places: Tensor, rectangle: Rectangle) -> Tensor:
+    """Places in memory of a rectangle's tokens, ascending, `[tokens]`."""
+    rows, columns = rectangle
+    return places[rows.start : rows.stop, columns.start : columns.stop].flatten().sort().values
