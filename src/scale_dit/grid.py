@@ -46,14 +46,17 @@ class Grid:
 
     @property
     def tokens(self) -> int:
+        """Tokens in all."""
         return self.height * self.width
 
     @property
     def cells_high(self) -> int:
+        """Cells along the height, a ragged one included."""
         return math.ceil(self.height / self.cell)
 
     @property
     def cells_wide(self) -> int:
+        """Cells along the width, a ragged one included."""
         return math.ceil(self.width / self.cell)
 
 

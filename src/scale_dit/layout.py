@@ -145,6 +145,7 @@ class Layout:
 
     @property
     def guidance_tokens(self) -> int:
+        """L."""
         return self.guidance.tokens if self.guidance else 0
 
     @property
@@ -231,8 +232,8 @@ class Layout:
         pairs, tokens = self.attention_pairs(), self.image.tokens
         window = f"windows of {self.window}" if self.window else "one window"
         return (
-            f"{self.text} text, {self.image.height} x {self.image.width} image, {self.guidance_tokens} guidance tokens; "
-            f"{window}, halo {self.halo}, shift {self.shift}, {self.scope} guidance, {self.order} order; "
+            f"{self.text} text, {self.image.height} x {self.image.width} image, {self.guidance_tokens} guidance "
+            f"tokens; {window}, halo {self.halo}, shift {self.shift}, {self.scope} guidance, {self.order} order; "
             f"an image row reads {self.text} text, {pairs.image_to_image / tokens:,.0f} image and "
             f"{pairs.image_to_guidance / tokens:,.0f} guidance keys on average"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -21,6 +22,7 @@ class Rectangle(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens inside."""
         return len(self.rows) * len(self.columns)
 
 
@@ -49,7 +51,7 @@ def spans(
             range(max(0, start - halo), min(side, stop + halo)),
             range(guidance_side) if scope == "global" else _aligned(start + stop, side, guidance_side, cell),
         )
-        for start, stop in zip(borders, borders[1:], strict=False)
+        for start, stop in pairwise(borders)
     )
 
 

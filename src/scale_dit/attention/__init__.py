@@ -27,6 +27,7 @@ QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
 
 
+@torch.compiler.disable
 def attend(
     text: QueryKeyValue | None,
     image: QueryKeyValue,
@@ -44,6 +45,8 @@ def attend(
         layout: who reads whom; its token counts must be those of the tensors.
         backend: a name from `backends()`, or `auto`.
         scale: factor of the logits, `D ** -0.5` by default.
+
+    A compiled model calls this as one break between its graphs: the geometry is looked up, not traced.
 
     Returns:
         Outputs of the text rows `[B, T, H, D]` and of the image rows `[B, N, H, D]`.
