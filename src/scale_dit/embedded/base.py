@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 
 from scale_dit.embedded.build import build_text, build_transformer, initialise_transformer, save_pipeline
@@ -58,7 +58,7 @@ class TinyBaseModule(lightning.LightningModule):
         t5 = self.tokenizer_2(captions, padding="max_length", truncation=True, return_tensors="pt")
         return clip.input_ids, t5.input_ids
 
-    def configure_model(self) -> None:
+    def on_fit_start(self) -> None:
         """Compile the repeated blocks on a GPU."""
         if self.device.type == "cuda":
             self.transformer.compile_repeated_blocks(fullgraph=True)
@@ -99,8 +99,6 @@ class TinyBaseModule(lightning.LightningModule):
 
     def pipeline(self) -> FluxPipeline:
         """The stock pipeline over the current weights."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
         return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **self._components())
 
     def _components(self) -> dict[str, object]:
@@ -138,4 +136,5 @@ def sample_captions(count: int = 20_000) -> list[str]:
     from scale_dit.data.captions import caption
     from scale_dit.data.scenes import sample_scene
 
-    return [caption(sample_scene(seed, split="tokenizer"), seed) for seed in range(count)]
+    scenes = (sample_scene(1_000_000_000 + index) for index in range(count))
+    return [caption(scene, scene.seed) for scene in scenes]

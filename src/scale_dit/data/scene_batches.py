@@ -1,0 +1,178 @@
+"""Lightning data modules over procedural scenes: rendered pictures, and latents held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from scale_dit.data.captions import caption
+from scale_dit.data.scenes import Scene, pack, render, render_packed, sample_scene
+
+
+class PackedScenes(Dataset):
+    """Scene `index` of a split as renderer parameters (a dict of tensors without the batch axis) and its caption."""
+
+    def __init__(self, split: str, count: int, first: int = 0, aspect: float = 1.0):
+        self.split, self.count, self.first, self.aspect = split, count, first, aspect
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Scene:
+        return sample_scene(self.first + index, split=self.split, aspect=self.aspect)
+
+    def collate(self, scenes: Sequence[Scene]) -> dict[str, object]:
+        """Pack scenes and write their captions, in the worker."""
+        return {"packed": pack(scenes), "caption": [caption(scene, scene.seed) for scene in scenes]}
+
+    def loader(self, batch_size: int, workers: int) -> DataLoader:
+        """A loader over the scenes in order."""
+        return DataLoader(self, batch_size=batch_size, num_workers=workers, collate_fn=self.collate)
+
+
+class ScenePictures(lightning.LightningDataModule):
+    """Pictures `image` `[B, 3, size, size]` in [0, 1], rendered on the training device, for the autoencoder.
+
+    Args:
+        size: Side in px.
+        batch_size: Pictures a step and device.
+        validation: Number of held-out whole scenes.
+        photos: Share of each batch that is random crops of the photographs that scikit-image ships.
+        workers: Loader processes.
+    """
+
+    def __init__(
+        self, size: int = 256, batch_size: int = 64, validation: int = 256, photos: float = 0.125, workers: int = 4
+    ):
+        super().__init__()
+        self.size, self.batch_size, self.validation = size, batch_size, validation
+        self.photo_share, self.workers = photos, workers
+        self.photo_pictures: list[Tensor] = load_sample_photos() if photos else []
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless training scenes, other ones on every rank."""
+        rank = self.trainer.global_rank if self.trainer else 0
+        scenes = PackedScenes("train", count=100_000_000, first=rank * 100_000_000)
+        return scenes.loader(self.batch_size, self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Held-out scenes."""
+        return PackedScenes("validation", self.validation).loader(self.batch_size, workers=0)
+
+    def on_after_batch_transfer(self, batch: dict[str, object], _: int) -> dict[str, object]:
+        """Render, and put photograph crops in place of the last pictures while training."""
+        picture = render_packed(batch["packed"], self.size, self.size)
+        count = round(self.photo_share * len(picture)) if self.photo_pictures and self.trainer.training else 0
+        if count:
+            crops = torch.stack([self._photo_crop() for _ in range(count)])
+            picture = torch.cat([picture[count:], crops.to(picture.device)])
+        return {"image": picture, "caption": batch["caption"]}
+
+    def _photo_crop(self) -> Tensor:
+        photo = self.photo_pictures[int(torch.randint(len(self.photo_pictures), ()))]
+        side = int(torch.randint(self.size // 2, min(photo.shape[1:]) + 1, ()))
+        top, left = (int(torch.randint(extent - side + 1, ())) for extent in photo.shape[1:])
+        crop = photo[None, :, top : top + side, left : left + side]
+        return torch.nn.functional.interpolate(crop, size=(self.size, self.size), mode="bicubic", antialias=True)[
+            0
+        ].clamp(0, 1)
+
+
+def load_sample_photos() -> list[Tensor]:
+    """Colour photographs that scikit-image ships, `[3, H, W]` in [0, 1]."""
+    from skimage import data
+
+    pictures = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket(), data.hubble_deep_field()]
+    return [torch.from_numpy(picture).permute(2, 0, 1).float() / 255 for picture in pictures]
+
+
+class MemoryBatches(IterableDataset):
+    """Endless shuffled batches out of tensors that are already on the training device.
+
+    Args:
+        buckets: One dict of equally long tensors for each picture size; a batch comes from one bucket, buckets in
+            proportion to their lengths.
+        batch_size: Rows a batch.
+        seed: Order of the batches.
+    """
+
+    def __init__(self, buckets: list[dict[str, Tensor]], batch_size: int, seed: int):
+        self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        lengths = torch.tensor([float(len(next(iter(bucket.values())))) for bucket in self.buckets])
+        while True:
+            bucket = self.buckets[int(torch.multinomial(lengths, 1, generator=generator))]
+            length = len(next(iter(bucket.values())))
+            rows = torch.randint(length, (self.batch_size,), generator=generator)
+            yield {name: tensor[rows.to(tensor.device)] for name, tensor in bucket.items()}
+
+
+class SceneLatents(lightning.LightningDataModule):
+    """Latents and token ids of scenes for `TinyBaseModule`, rendered and encoded once, held on the training device.
+
+    Args:
+        count: Scenes a rank, over all sizes.
+        batch_size: Scenes a step and device.
+        sizes: `(height, width, share)`: native sizes in px, as FLUX was trained at several.
+        workers: Loader processes while rendering.
+        seed: Order of the batches.
+    """
+
+    def __init__(
+        self,
+        count: int = 150_000,
+        batch_size: int = 512,
+        sizes: Sequence[tuple[int, int, float]] = ((256, 256, 0.7), (192, 320, 0.15), (320, 192, 0.15)),
+        workers: int = 8,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.count, self.batch_size, self.sizes = count, batch_size, [tuple(size) for size in sizes]
+        self.workers, self.seed = workers, seed
+        self.buckets: list[dict[str, Tensor]] = []
+
+    def setup(self, stage: str) -> None:
+        """Render and encode this rank's scenes."""
+        if not self.buckets:
+            self.buckets = [
+                self._encode_bucket(int(height), int(width), round(self.count * share), position)
+                for position, (height, width, share) in enumerate(self.sizes)
+            ]
+
+    @torch.no_grad()
+    def _encode_bucket(self, height: int, width: int, count: int, position: int) -> dict[str, Tensor]:
+        module, device = self.trainer.lightning_module, self.trainer.strategy.root_device
+        vae = module.vae.to(device)
+        first = (self.trainer.global_rank * len(self.sizes) + position) * 10_000_000
+        scenes = PackedScenes("train", count, first, aspect=width / height)
+        columns: dict[str, list[Tensor]] = {"latents": [], "clip_ids": [], "t5_ids": []}
+        for batch in scenes.loader(256, self.workers):
+            packed = {name: tensor.to(device) for name, tensor in batch["packed"].items()}
+            picture = render_packed(packed, height, width) * 2 - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                latents = vae.encode(picture).latent_dist.mean
+            latents = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+            clip_ids, t5_ids = module.tokenize(batch["caption"])
+            columns["latents"].append(latents.bfloat16())
+            columns["clip_ids"].append(clip_ids.to(device, torch.int16))
+            columns["t5_ids"].append(t5_ids.to(device, torch.int16))
+        return {name: torch.cat(tensors) for name, tensors in columns.items()}
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless batches from memory."""
+        seed = self.seed * 1000 + self.trainer.global_rank
+        return DataLoader(MemoryBatches(self.buckets, self.batch_size, seed), batch_size=None)
+
+
+def held_out_scenes(count: int) -> list[Scene]:
+    """The whole scenes on which every reported accuracy is measured: the first `count` of the test split."""
+    return [sample_scene(index, split="test", zoom=1.0) for index in range(count)]
+
+
+__all__ = ["MemoryBatches", "PackedScenes", "SceneLatents", "ScenePictures", "held_out_scenes", "render"]

@@ -1,0 +1,339 @@
+"""FLUX.1 (and everything of its architecture): the guidance pass and the image pass over diffusers' own blocks.
+
+Both passes run the unmodified blocks of a `FluxTransformer2DModel`. What differs from stock is the attention processor,
+which reads the layout, and that blocks are driven here instead of in `FluxTransformer2DModel.forward`: the guidance
+pass has no text and no noise and needs keys and values only, and the timestep stays in float32 up to its embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scale_dit.anchors import ntk_theta
+from scale_dit.attention import attend
+from scale_dit.errors import UserError
+from scale_dit.layout import Layout
+from scale_dit.lora import active_adapters
+from scale_dit.method import Plan
+from scale_dit.models.settings import BaseSettings
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block, `[B, L, H, D]` each, keys normalised and rotated."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts: `tokens` `[B, T, C]` and `pooled` `[B, P]`."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def __getitem__(self, rows: slice) -> Text:
+        return Text(self.tokens[rows], self.pooled[rows])
+
+
+@dataclass
+class BlockAttention:
+    """What the attention of one block needs to know beside its inputs.
+
+    Attributes:
+        layout: Who reads whom.
+        backend: Name of the attention backend.
+        guidance: Keys and values of this block's guidance tokens.
+        recorded: Filled with this block's image keys and values, if given.
+    """
+
+    layout: Layout
+    backend: str = "auto"
+    guidance: KeysValues | None = None
+    recorded: list[KeysValues] | None = field(default=None, compare=False)
+
+
+class LayoutAttnProcessor:
+    """Attention over text, image and guidance segments; without `block_attention` it is the stock processor."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self) -> None:
+        self.stock = FluxAttnProcessor()
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        block_attention: BlockAttention | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The signature that `FluxAttention` calls; `[B, S, C]` in and out."""
+        if block_attention is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        length = block_attention.layout.text
+        image = _project(attn, hidden_states)
+        if encoder_hidden_states is None:
+            image = _rotate(image, image_rotary_emb)
+            text = tuple(part[:, :length] for part in image)
+            image = tuple(part[:, length:] for part in image)
+        else:
+            cosine, sine = image_rotary_emb
+            text = _rotate(_project_added(attn, encoder_hidden_states), (cosine[:length], sine[:length]))
+            image = _rotate(image, (cosine[length:], sine[length:]))
+        if block_attention.recorded is not None:
+            block_attention.recorded.append((image[1], image[2]))
+        text_out, image_out = attend(
+            text if length else None, image, block_attention.guidance, block_attention.layout, block_attention.backend
+        )
+        image_out = image_out.flatten(2)
+        if encoder_hidden_states is None:
+            return torch.cat([text_out.flatten(2), image_out], dim=1) if length else image_out
+        text_out = text_out.flatten(2) if length else encoder_hidden_states
+        return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
+
+
+def _project(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (
+        projection(hidden).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    return attn.norm_q(query), attn.norm_k(key), value
+
+
+def _project_added(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (
+        projection(hidden).unflatten(-1, (-1, attn.head_dim))
+        for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    )
+    return attn.norm_added_q(query), attn.norm_added_k(key), value
+
+
+def _rotate(qkv: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = qkv
+    return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1), value
+
+
+class Flux1:
+    """Drives a FLUX.1 pipeline's transformer, text encoders and autoencoder.
+
+    Args:
+        pipeline: A stock `FluxPipeline`; its transformer gets `LayoutAttnProcessor`s, which change nothing by themselves.
+        settings: The base's geometry.
+        backend: Attention backend, see `scale_dit.attention`.
+        gradient_checkpointing: Recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        settings: BaseSettings,
+        backend: str = "auto",
+        gradient_checkpointing: bool = False,
+    ):
+        self.pipeline, self.settings, self.backend = pipeline, settings, backend
+        self.gradient_checkpointing = gradient_checkpointing
+        self.guidance_adapters: tuple[str, ...] = ()
+        self.image_adapters: tuple[str, ...] = ()
+        self.transformer.set_attn_processor(LayoutAttnProcessor())
+
+    @classmethod
+    def load(
+        cls,
+        settings: BaseSettings,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options: object,
+    ) -> Flux1:
+        """Load the weights that `settings.path` names.
+
+        Raises:
+            UserError: The weights cannot be had.
+        """
+        settings.check_weights()
+        pipeline = FluxPipeline.from_pretrained(settings.path, torch_dtype=dtype)
+        return cls(pipeline.to(device), settings, **options)  # type: ignore[arg-type]
+
+    @property
+    def transformer(self) -> FluxTransformer2DModel:
+        """The diffusion transformer."""
+        return self.pipeline.transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's dtype."""
+        return self.transformer.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the unpacked latents."""
+        return self.transformer.config.in_channels // 4
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+        """Encode prompts with both text encoders; text beyond `settings.text_length` tokens is cut with a warning."""
+        tokens, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.settings.text_length
+        )
+        return Text(tokens.to(self.dtype), pooled.to(self.dtype))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures `[B, 3, H, W]` in [0, 1] -> normalised latents `[B, C, H/8, W/8]` float32 (posterior mean)."""
+        vae = self.pipeline.vae
+        latents = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mean
+        return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Normalised latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` float32 in [0, 1]."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    @staticmethod
+    def pack(latents: Tensor, order: Tensor) -> Tensor:
+        """Latents `[B, C, 2h, 2w]` -> tokens `[B, h*w, 4C]` in the memory order `order`."""
+        return FluxPipeline._pack_latents(latents, *latents.shape)[:, order.to(latents.device)]
+
+    def unpack(self, tokens: Tensor, order: Tensor, height: int, width: int) -> Tensor:
+        """Tokens in memory order -> latents `[B, C, 2*height, 2*width]`, sides in tokens."""
+        raster = torch.empty_like(tokens)
+        raster[:, order.to(tokens.device)] = tokens
+        token_px = self.pipeline.vae_scale_factor * 2
+        return FluxPipeline._unpack_latents(raster, height * token_px, width * token_px, self.pipeline.vae_scale_factor)
+
+    def guidance_pass(self, tokens: Tensor, pooled: Tensor, plan: Plan, guidance_scale: float) -> list[KeysValues]:
+        """Keys and values of the draft's tokens in every block: the base with the LoRA, at timestep 0.
+
+        They depend on the draft and the pooled prompt alone, so one pass serves all steps and both branches of
+        classifier-free guidance.
+
+        Args:
+            tokens: Clean draft tokens `[B, L, 4C]` in the memory order of `plan`.
+            pooled: Pooled positive prompts `[B, P]`.
+            guidance_scale: The embedded guidance scale of a distilled base; ignored by others.
+
+        Returns:
+            For each block, keys and values `[B, L, H, D]`.
+        """
+        with active_adapters(self.transformer, self.guidance_adapters):
+            hidden = self.transformer.x_embedder(tokens.to(self.dtype))
+        time = torch.zeros(len(tokens), device=tokens.device)
+        embedding = self._time_embedding(time, guidance_scale, pooled)
+        rotary = self._rotary(plan.guidance_ids, plan.method.ntk, hidden.device)
+        no_text = hidden[:, :0]
+        keys_values: list[KeysValues] = []
+        *blocks, last = self._blocks
+        for block in blocks:
+            attention = BlockAttention(plan.guidance_layout, self.backend, recorded=[])
+            _, hidden = self._run(block, self.guidance_adapters, hidden, no_text, embedding, rotary, attention)
+            keys_values += attention.recorded[:1]
+        with active_adapters(last, self.guidance_adapters):
+            keys_values.append(_block_keys_values(last, hidden, embedding, rotary))
+        return keys_values
+
+    def image_pass(
+        self,
+        tokens: Tensor,
+        text: Text,
+        time: Tensor,
+        plan: Plan,
+        guidance: list[KeysValues] | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Velocity of the image tokens: the base over text and image, reading the draft's keys and values.
+
+        Args:
+            tokens: Noisy tokens `[B, N, 4C]` in the memory order of `plan`.
+            time: `[B]` in [0, 1], float32; 1 is pure noise.
+            guidance: What `guidance_pass` returned, or `None` for a plan without guidance.
+
+        Returns:
+            `[B, N, 4C]`, in the memory order of `plan`.
+        """
+        transformer = self.transformer
+        if text.tokens.shape[1] != plan.layout.text:
+            raise UserError(f"{text.tokens.shape[1]} text tokens were given, but the plan is for {plan.layout.text}.")
+        with active_adapters(transformer, self.image_adapters):
+            image = transformer.x_embedder(tokens.to(self.dtype))
+        embedding = self._time_embedding(time, guidance_scale, text.pooled)
+        words = transformer.context_embedder(text.tokens.to(self.dtype))
+        ids = torch.cat([plan.text_ids, plan.image_ids])
+        rotary = self._rotary(ids, plan.method.ntk, image.device)
+        for index, block in enumerate(self._blocks):
+            block_guidance = guidance[index] if guidance is not None else None
+            attention = BlockAttention(plan.layouts[index % 2], self.backend, block_guidance)
+            words, image = self._run(block, self.image_adapters, image, words, embedding, rotary, attention)
+        return transformer.proj_out(transformer.norm_out(image, embedding))
+
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    def _run(
+        self,
+        block: nn.Module,
+        adapters: tuple[str, ...],
+        image: Tensor,
+        text: Tensor,
+        embedding: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: BlockAttention,
+    ) -> tuple[Tensor, Tensor]:
+        """One block with the given adapters, also when it is recomputed in the backward pass."""
+
+        def forward(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            with active_adapters(block, adapters):
+                return block(
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    temb=embedding,
+                    image_rotary_emb=rotary,
+                    joint_attention_kwargs={"block_attention": attention},
+                )
+
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(forward, image, text, use_reentrant=False)
+        return forward(image, text)
+
+    def _time_embedding(self, time: Tensor, guidance_scale: float, pooled: Tensor) -> Tensor:
+        """Modulation vector `[B, C]`; time stays float32 until it is embedded (bfloat16 would round it to 1/256)."""
+        embed = self.transformer.time_text_embed
+        pooled = pooled.to(self.dtype)
+        if self.transformer.config.guidance_embeds:
+            scale = torch.full_like(time, guidance_scale)
+            return embed(time.float() * 1000, scale.float() * 1000, pooled)
+        return embed(time.float() * 1000, pooled)
+
+    def _rotary(self, ids: Tensor, ntk: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        embed = self.transformer.pos_embed
+        if ntk == 1:
+            return embed(ids.to(device))
+        from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+        stretched = FluxPosEmbed(ntk_theta(embed.theta, ntk, max(embed.axes_dim)), embed.axes_dim)
+        return stretched(ids.to(device))
+
+
+def _block_keys_values(
+    block: nn.Module, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor]
+) -> KeysValues:
+    """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
+    norm = block.norm1 if hasattr(block, "norm1") else block.norm
+    _, key, value = _rotate(_project(block.attn, norm(hidden, emb=embedding)[0]), rotary)
+    return key, value
+
+
+__all__ = ["BlockAttention", "Flux1", "KeysValues", "LayoutAttnProcessor", "Text"]

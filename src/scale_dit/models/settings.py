@@ -1,0 +1,81 @@
+"""What a base is, before any of its weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scale_dit.errors import UserError
+
+SETTINGS_FILE = "scale_dit.json"
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Geometry and sampling constants of a base model. The defaults are those of FLUX.1.
+
+    Args:
+        name: As users select it (`base=<name>`), and as LoRA files record it.
+        family: Class path of the driver in `scale_dit.models`.
+        path: Folder in diffusers' format, or hub id.
+        token_size: Side in px that one token covers.
+        cell: Side in tokens of a cell.
+        window: Side in tokens of a window.
+        native: Side in px that the base was trained at.
+        text_length: Text tokens that the transformer reads.
+        shift: Constant shift of the noise schedule (Esser et al. 2024, section 5.3.2).
+        guidance_scale: Default guidance scale of drafts and refinement.
+        distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
+        steps: Default steps of the draft and of the refinement.
+    """
+
+    name: str
+    family: str = "scale_dit.models.flux1.Flux1"
+    path: str = ""
+    token_size: int = 16
+    cell: int = 8
+    window: int = 16
+    native: int = 1024
+    text_length: int = 512
+    shift: float = 3.0
+    guidance_scale: float = 3.5
+    distilled: bool = True
+    steps: int = 28
+
+    def save(self, folder: str | Path) -> None:
+        """Write the settings beside a base's weights, so that a pipeline can be loaded from the folder alone."""
+        record = asdict(self) | {"path": ""}
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def of(cls, path: str) -> BaseSettings:
+        """The settings beside the weights in `path`; without such a file, those of FLUX.1."""
+        record_path = Path(path) / SETTINGS_FILE
+        if record_path.is_file():
+            return cls(**json.loads(record_path.read_text()) | {"path": str(path)})
+        return cls(name=Path(path).name, path=str(path))
+
+    def check_weights(self) -> None:
+        """Say that the weights are not here, before anything else is done.
+
+        Raises:
+            UserError: Neither a local folder nor a model in the local hub cache, and the hub cannot be reached or
+                refuses; with the command that works without them.
+        """
+        if (Path(self.path) / "model_index.json").is_file():
+            return
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        reasons = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+        try:
+            hf_hub_download(self.path, "model_index.json", etag_timeout=5)
+        except reasons as reason:
+            first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else ""
+            raise UserError(
+                f"the weights of base {self.name!r} are neither in the folder {self.path!r} nor to be had from the "
+                f"hub ({type(reason).__name__}: {first_line}). Give a local folder with base.path=/path/to/weights, "
+                f"log in with `hf auth login` if the model is gated, or use the embedded base: add base=tiny to the "
+                f"same command."
+            ) from reason
