@@ -329,6 +329,18 @@ class TestSkipping:
         names = [dataset[index]["name"] for index in range(len(dataset))]
         assert names == ["astronaut.png", "china.jpg", "more/flower.webp"]
 
+    @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+    @pytest.mark.parametrize("keep", [0.02, 0.5, 0.9])
+    def test_truncated_files_of_any_format(self, tmp_path: Path, china: Image.Image, format: str, keep: float) -> None:
+        root = tmp_path / "photos"
+        root.mkdir()
+        china.save(root / "whole.png")
+        china.save(root / f"cut.{format.lower()}", format)
+        data = (root / f"cut.{format.lower()}").read_bytes()
+        (root / f"cut.{format.lower()}").write_bytes(data[: int(len(data) * keep)])
+        dataset = dataset_of(root, default_caption="")
+        assert [item.name for item in dataset.skipped] == [f"cut.{format.lower()}"]
+
     def test_no_usable_picture_is_an_error(self, tmp_path: Path) -> None:
         root = tmp_path / "bad"
         root.mkdir()
@@ -349,6 +361,12 @@ class TestSkipping:
             file.write_text('{"half": ')
         assert len(dataset_of(folder)) == 2
         assert "is damaged; reading the pictures again" in caplog.text
+
+    def test_a_file_that_is_cut_later_stands_out(self, folder: Path) -> None:
+        dataset = dataset_of(folder)
+        for name in ("astronaut.png", "china.jpg", "more/flower.webp"):
+            (folder / name).write_bytes((folder / name).read_bytes()[:3000])
+        assert all(isinstance(dataset[index], BrokenPhoto) for index in range(3))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_file_that_breaks_later_is_dropped_from_its_batch(self, folder: Path, workers: int) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
 
+_ORIENTATION = 0x0112
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 # Formats whose 32-bit integer mode is Pillow's stand-in for 16-bit samples.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
@@ -48,9 +49,16 @@ def open_picture(data: bytes | str | Path) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) in pixels after EXIF orientation, without decoding."""
+    """(height, width) in pixels after EXIF orientation.
+
+    Raises:
+        PictureError: damaged; for a PNG Pillow decodes the whole file, since EXIF may follow the pixels.
+    """
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception as error:  # as above: no common base class
+        raise PictureError(_reason(error)) from error
     width, height = image.size
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
