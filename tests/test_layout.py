@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from layout_strategies import layouts
 
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid, guidance_grid
@@ -21,26 +21,6 @@ FLUX = {"heads": 24, "head_dim": 128}
 def flux(pixels: int, **options) -> Layout:
     grid = Grid.from_pixels(pixels, pixels, token_size=16, cell=8)
     return Layout(512, grid, guidance_grid(grid, 4), window=16, **options)
-
-
-@st.composite
-def layouts(draw) -> Layout:
-    """Small layouts of every kind: ragged, shifted, with halos, without text or guidance."""
-    cell = draw(st.sampled_from([1, 2, 3]))
-    image = Grid(draw(st.integers(1, 14)), draw(st.integers(1, 14)), cell)
-    guidance = draw(st.none() | st.builds(Grid, st.integers(1, 7), st.integers(1, 7), st.just(cell)))
-    window = draw(st.none() | st.integers(1, max(image.cells_high, image.cells_wide)))
-    return Layout(
-        text=draw(st.integers(0, 3)),
-        image=image,
-        guidance=guidance,
-        window=window and window * cell,
-        halo=draw(st.integers(0, 2)) * cell,
-        shift=draw(st.integers(0, (window or 1) - 1)) * cell,
-        scope=draw(st.sampled_from(["aligned", "global"])),
-        text_reads_image=draw(st.booleans()),
-        order=draw(st.sampled_from(["raster", "window", "hilbert"])),
-    )
 
 
 def reads_image(layout: Layout, query: tuple, key: tuple) -> bool:

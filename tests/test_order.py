@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_the_curve_on_powers_of_two_is_hilberts():
     # The property that makes it Hilbert's: every aligned square of a power of two is visited in one run.
     for size in (2, 4, 8):
         squares = [(y // size, x // size) for y, x in hilbert_curve(16, 16)]
-        assert sum(a != b for a, b in zip(squares, squares[1:], strict=False)) == (16 // size) ** 2 - 1
+        assert sum(a != b for a, b in pairwise(squares)) == (16 // size) ** 2 - 1
 
 
 def test_the_curve_takes_unit_steps_on_every_rectangle_up_to_32():
@@ -68,7 +69,7 @@ def test_the_curve_takes_unit_steps_on_every_rectangle_up_to_32():
             curve = hilbert_curve(height, width)
             assert len(set(curve)) == len(curve) == height * width
             assert curve[0] == (0, 0)
-            steps = [(abs(b[0] - a[0]), abs(b[1] - a[1])) for a, b in zip(curve, curve[1:], strict=False)]
+            steps = [(abs(b[0] - a[0]), abs(b[1] - a[1])) for a, b in pairwise(curve)]
             longer, shorter = max(height, width), min(height, width)
             diagonal = longer % 2 == 1 and shorter % 2 == 0 and shorter > 2
             assert steps.count((1, 1)) == diagonal, (height, width)

@@ -163,10 +163,10 @@ class Layout:
     @cached_property
     def windows(self) -> tuple[Window, ...]:
         """All windows in raster order. Their queries part the picture."""
-        return tuple(Window.crossing(row, column) for row, column in product(*self._axes))
+        return tuple(Window.crossing(row, column) for row, column in product(*self.axes))
 
     @cached_property
-    def _axes(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    def axes(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
         """The windows along the rows and along the columns of the picture."""
         shape = {name: getattr(self, name) for name in ("window", "halo", "shift", "scope")}
         draft = (self.guidance.height, self.guidance.width) if self.guidance else (0, 0)
@@ -203,7 +203,7 @@ class Layout:
 
     def attention_pairs(self) -> Pairs:
         """How many (query, key) pairs one head computes, from the sides alone: microseconds at any size."""
-        rows, columns = self._axes
+        rows, columns = self.axes
         image_to_image, image_to_guidance = (
             sum(len(span.queries) * len(getattr(span, part)) for span in rows)
             * sum(len(span.queries) * len(getattr(span, part)) for span in columns)

@@ -1,6 +1,6 @@
 """The one attention call: `attend(text, image, guidance, layout, backend)`.
 
-A backend is a module of this package, named as the file. It offers
+A backend is a public module of this package, by its name. It offers
 
     unavailable(device, dtype) -> str | None
         why it cannot run there and what to do about it, or `None`;
@@ -80,7 +80,7 @@ def attend(
 
 def backends() -> list[str]:
     """Names of all attention backends."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if not name.startswith("_"))
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """Windows as a batch of small dense attentions through torch's `scaled_dot_product_attention`, on any device.
 
-Windows that read equally many keys are gathered and attended together, a few hundred MiB of keys and values at a time.
-No mask is ever passed: masked SDPA is slow, and wrong above 65,536 keys on one backend (pytorch#162588).
+Windows that read equally many keys are gathered and attended together, a bounded number of bytes at a time. No mask is ever passed: masked SDPA is slow, and wrong above 65,536 keys on one backend (pytorch#162588).
 """
 
 from __future__ import annotations
@@ -11,12 +10,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from scale_dit.attention._dense import dense, join, text_rows
 from scale_dit.layout import Layout
 
-GATHER_BYTES = 256 * 2**20
-"""Most bytes of gathered keys and values at a time; a single window may exceed it."""
+GATHER_BYTES = {"cpu": 4 * 2**20}
+"""Most bytes of gathered keys and values at a time, by device type; a single window may exceed it.
+
+What a CPU's caches hold: fresh hundreds of MiB cost it more in page faults than the attention itself.
+"""
+DEFAULT_GATHER_BYTES = 256 * 2**20
 
 MAX_BATCH = 65_535
 """SDPA's kernels lay the batch along a grid axis that stops here."""
@@ -47,15 +50,13 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def attend(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """See `scale_dit.attention`. Gradients are autograd's own; shared keys' gradients are summed in float32."""
     queries = image[0]
-    key, value = (_join(parts) for parts in zip(text[1:], image[1:], guidance, strict=True))
+    key, value = (join(*parts) for parts in zip(text[1:], image[1:], guidance, strict=True))
     if layout.is_dense:
-        output = _dense(_join((text[0], queries)), key, value, scale)
+        output = dense(join(text[0], queries), key, value, scale)
         text_out, image_out = output.split([layout.text, layout.image.tokens], dim=1)
         return text_out, image_out
 
-    text_keys = layout.text + layout.image.tokens * layout.text_reads_image
-    text_out = _dense(text[0], key[:, :text_keys], value[:, :text_keys], scale) if layout.text else text[0]
-
+    text_out = text_rows(text[0], key, value, layout, scale)
     plan = _plan(layout, queries.device)
     pieces = [piece for work in plan.works for piece in _windows(queries, key, value, work, layout.text, scale)]
     image_out = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
@@ -66,7 +67,8 @@ def _windows(queries: Tensor, key: Tensor, value: Tensor, work: _Work, text: int
     """Outputs of one group of windows, `[B, windows * query tokens, H, D]` in all, chunk by chunk."""
     batch, tokens = len(key), key.shape[1] if work.keys is None else work.keys.shape[1]
     window_bytes = 2 * batch * tokens * key.shape[2:].numel() * key.element_size()
-    chunk = max(1, min(GATHER_BYTES // window_bytes, MAX_BATCH // batch))
+    budget = GATHER_BYTES.get(key.device.type, DEFAULT_GATHER_BYTES)
+    chunk = max(1, min(budget // window_bytes, MAX_BATCH // batch))
     outputs = []
     for start in range(0, len(work.queries), chunk):
         places = work.queries[start : start + chunk]
@@ -81,7 +83,7 @@ def _windows(queries: Tensor, key: Tensor, value: Tensor, work: _Work, text: int
             keys, values = _Gather.apply(key, index, text), _Gather.apply(value, index, text)
         # [B, windows, tokens, H, D] -> [B windows, tokens, H, D]
         query = query.unflatten(1, places.shape)
-        output = _dense(query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), scale)
+        output = dense(query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), scale)
         outputs.append(output.unflatten(0, (batch, len(places))).flatten(1, 2))
     return outputs
 
@@ -131,15 +133,3 @@ def _plan(layout: Layout, device: torch.device) -> _Plan:
     produced = torch.cat([group.queries.flatten() for group in groups])
     in_place = bool((produced == torch.arange(len(produced))).all())
     return _Plan(tuple(works), None if in_place else produced.argsort().to(device))
-
-
-def _join(parts: tuple[Tensor, ...]) -> Tensor:
-    """The parts one after another, `[B, tokens, H, D]`; no copy if only one has tokens."""
-    present = [part for part in parts if part.shape[1]]
-    return torch.cat(present, dim=1) if len(present) > 1 else present[0]
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Unmasked attention over `[B, tokens, H, D]`."""
-    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)

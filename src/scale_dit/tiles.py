@@ -1,0 +1,139 @@
+"""Which tiles of the attention matrix a block-sparse kernel visits, from a layout.
+
+Rows are image queries in memory order. Columns are text, image and guidance keys, each stream padded to whole tiles of
+its own. Text rows read everything there is to read: they belong to a dense kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
+
+from scale_dit.layout import Layout
+from scale_dit.windows import Span
+
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles by query tile (rows) and key tile (columns)."""
+
+    visited: Tensor
+    """bool `[query tiles, key tiles]`: the tile holds at least one pair."""
+    full: Tensor
+    """bool `[query tiles, key tiles]`: every row of the tile reads all of its `block_n` keys, so no mask is needed."""
+    streams: tuple[int, int, int]
+    """Key tiles of the text, the image and the guidance, in the order of the columns."""
+
+    @property
+    def partial(self) -> Tensor:
+        """Tiles that need a mask, bool `[query tiles, key tiles]`."""
+        return self.visited & ~self.full
+
+
+def tiles(layout: Layout, block_m: int, block_n: int) -> Tiles:
+    """The tiles of `block_m` queries x `block_n` keys, by exact pair counts: no S x S tensor."""
+    key_tokens = (layout.text, layout.image.tokens, layout.guidance_tokens)
+    text_tiles, image_tiles, guidance_tiles = (-(-tokens // block_n) for tokens in key_tokens)
+    query_tiles = -(-layout.image.tokens // block_m)
+
+    queries = _counts(torch.arange(layout.image.tokens)[None], block_m, query_tiles)[0]
+    text = _counts(torch.arange(layout.text)[None], block_n, text_tiles)
+    to_image = torch.zeros(query_tiles, image_tiles)
+    to_guidance = torch.zeros(query_tiles, guidance_tiles)
+    for group in layout.groups():
+        # All queries of a window read all of its keys: pairs of a tile = sum over windows of queries x keys in it.
+        group_queries = _counts(group.queries, block_m, query_tiles).T
+        to_image += group_queries @ _counts(group.keys, block_n, image_tiles)
+        to_guidance += group_queries @ _counts(group.guidance, block_n, guidance_tiles)
+    pairs = torch.cat([queries[:, None] * text, to_image, to_guidance], dim=1)
+    return Tiles(pairs > 0, pairs == queries[:, None] * block_n, (text_tiles, image_tiles, guidance_tiles))
+
+
+def _counts(places: Tensor, block: int, tiles: int) -> Tensor:
+    """How many of each row's places fall into each tile, float32 (exact to 2^24) `[rows, tiles]`."""
+    ones = torch.ones(1).expand(places.shape)
+    return torch.zeros(len(places), tiles).scatter_add_(1, places // block, ones)
+
+
+def block_mask(layout: Layout, device: torch.device) -> BlockMask:
+    """FlexAttention's mask of the image rows, for queries and key streams padded to multiples of 128 (see `padded`)."""
+    visits = tiles(layout, FLEX_BLOCK, FLEX_BLOCK)
+    partial, full = (_lists(part, device) for part in (visits.partial, visits.full))
+    lengths = (visits.visited.shape[0] * FLEX_BLOCK, visits.visited.shape[1] * FLEX_BLOCK)
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=_mask_mod(layout, device), seq_lengths=lengths
+    )
+
+
+def padded(tokens: int) -> int:
+    """Tokens of a stream in a FlexAttention call: its kernels give NaN at other lengths (pytorch#153799)."""
+    return -(-tokens // FLEX_BLOCK) * FLEX_BLOCK
+
+
+def _lists(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Number of chosen tiles in each row, and their columns first in each row, int32, as `[1, 1, ...]`."""
+    columns = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    count, columns = (part.to(device, torch.int32)[None, None].contiguous() for part in (chosen.sum(1), columns))
+    return count, columns
+
+
+def _mask_mod(layout: Layout, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`(batch, head, query, key) -> bool`: a window reads the product of what its rows and what its columns read."""
+    image = (layout.image_order // layout.image.width, layout.image_order % layout.image.width)
+    guidance = (torch.empty(0, dtype=torch.long),) * 2
+    if layout.guidance:
+        guidance = (layout.guidance_order // layout.guidance.width, layout.guidance_order % layout.guidance.width)
+    rows, columns = (
+        _axis(spans, image_places, guidance_places, layout.text).to(device)
+        for spans, image_places, guidance_places in zip(layout.axes, image, guidance, strict=True)
+    )
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (
+            rows.reads[rows.window[query], rows.place[key]] & columns.reads[columns.window[query], columns.place[key]]
+        )
+
+    return mask_mod
+
+
+class _Axis(NamedTuple):
+    """One axis of the mask: query q reads key k, as far as this axis goes, if `reads[window[q], place[k]]`.
+
+    Places are the axis' tokens in the picture, then those in the draft, then one that every window reads (for text)
+    and one that none reads (for padding). The table is small enough for a cache at any size of picture.
+    """
+
+    reads: Tensor
+    window: Tensor
+    place: Tensor
+
+    def to(self, device: torch.device) -> _Axis:
+        return _Axis(*(part.to(device) for part in self))
+
+
+def _axis(spans: tuple[Span, ...], image: Tensor, guidance: Tensor, text: int) -> _Axis:
+    """`image` and `guidance` are the tokens' coordinates along the axis, in memory order."""
+    side = spans[-1].queries.stop
+    draft = max(span.guidance.stop for span in spans)
+    everywhere, nowhere = side + draft, side + draft + 1
+    reads = torch.zeros(len(spans), side + draft + 2, dtype=torch.bool)
+    reads[:, everywhere] = True
+    for window, span in enumerate(spans):
+        reads[window, span.keys.start : span.keys.stop] = True
+        reads[window, side + span.guidance.start : side + span.guidance.stop] = True
+    windows = torch.arange(len(spans)).repeat_interleave(torch.tensor([len(span.queries) for span in spans]))
+    streams = (torch.full((text,), everywhere), image, guidance + side)
+    return _Axis(reads, _pad(windows[image], 0), torch.cat([_pad(stream, nowhere) for stream in streams]))
+
+
+def _pad(stream: Tensor, value: int) -> Tensor:
+    """A stream's tokens, filled up to whole blocks."""
+    return functional.pad(stream, (0, padded(len(stream)) - len(stream)), value=value)
