@@ -12,7 +12,7 @@ from scale_dit.data.world import SHAPES, Scene, SceneObject
 
 # Below this share of the frame an object is a few stray pixels in a corner, not something to speak of.
 SMALLEST_SHARE = 0.003
-_SAMPLES = 400
+_SAMPLES = 1500
 
 
 @dataclass(frozen=True)
