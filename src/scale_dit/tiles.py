@@ -121,8 +121,7 @@ class _Axis(NamedTuple):
 
 def _axis(spans: tuple[Span, ...], image: Tensor, guidance: Tensor, text: int) -> _Axis:
     """`image` and `guidance` are the tokens' coordinates along the axis, in memory order."""
-    side = spans[-1].queries.stop
-    draft = max(span.guidance.stop for span in spans)
+    side, draft = int(image.max()) + 1, int(guidance.max()) + 1 if len(guidance) else 0
     everywhere, nowhere = side + draft, side + draft + 1
     reads = torch.zeros(len(spans), side + draft + 2, dtype=torch.bool)
     reads[:, everywhere] = True

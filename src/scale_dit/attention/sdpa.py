@@ -1,6 +1,7 @@
 """Windows as a batch of small dense attentions through torch's `scaled_dot_product_attention`, on any device.
 
-Windows that read equally many keys are gathered and attended together, a bounded number of bytes at a time. No mask is ever passed: masked SDPA is slow, and wrong above 65,536 keys on one backend (pytorch#162588).
+Windows that read equally many keys are gathered and attended together, a bounded number of bytes at a time.
+No mask is ever passed: masked SDPA is slow, and wrong above 65,536 keys on one backend (pytorch#162588).
 """
 
 from __future__ import annotations
