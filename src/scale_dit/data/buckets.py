@@ -108,7 +108,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.ranks = ranks
         self.epoch = 0
-        self.start = 0
+        self._skip = 0
         if len(self) == 0:
             raise UserError(
                 f"{len(dataset.bucket_of)} pictures in {len(set(dataset.bucket_of))} bucket(s) do not fill one batch "
@@ -121,13 +121,16 @@ class BucketBatchSampler(Sampler[list[int]]):
         """This object: where Lightning looks for `set_epoch`."""
         return self
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many of its batches (of this rank) a resumed run has already seen."""
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, here and in the dataset."""
         self.epoch = epoch
-        self.start = start
         hand_on: Any = getattr(self.dataset, "set_epoch", None)
         if callable(hand_on):
             hand_on(epoch)
+
+    def skip_next(self, batches: int) -> None:
+        """Leave out the first batches of the next pass only: those that a resumed run has already seen."""
+        self._skip = batches
 
     def __len__(self) -> int:
         """Batches that this rank gets in one whole epoch."""
@@ -138,7 +141,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         batches = self._batches()
         shared = len(batches) // self.ranks * self.ranks
-        yield from batches[self.rank : shared : self.ranks][self.start :]
+        skip, self._skip = self._skip, 0
+        yield from batches[self.rank : shared : self.ranks][skip:]
 
     def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

@@ -99,6 +99,8 @@ def build_cache(
     Raises:
         UserError: the folder holds another cache, the disk is full, or no picture could be read.
     """
+    if draws < 1 or (draws > 1 and not hasattr(dataset, "set_epoch")):
+        raise UserError(f"draws={draws} must be at least 1, and exactly 1 for a dataset without set_epoch")
     fingerprint = cache_fingerprint(base, dataset, scales, token, max_tokens, dtype, draws)
     cache = LatentCache(folder, fingerprint, records_per_shard)
     total = len(dataset) * draws

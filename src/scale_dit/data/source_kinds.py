@@ -47,12 +47,13 @@ def open_webdataset(
     captions: list[str | None] = []
     skipped: list[Skipped] = []
     for number, archive in enumerate(archives):
+        place = _place(archive, root)
         pictures, texts, problem = _index_tar(archive, caption_field)
         for key, (offset, size, ending) in pictures.items():
-            rows.append({"archive": number, "offset": offset, "size": size, "name": f"{archive.name}/{key}{ending}"})
+            rows.append({"archive": number, "offset": offset, "size": size, "name": f"{place}/{key}{ending}"})
             captions.append(texts.get(key))
         if problem:
-            skipped.append(Skipped(archive.name, f"{problem}; the {len(pictures)} pictures before that are used"))
+            skipped.append(Skipped(place, f"{problem}; the {len(pictures)} pictures before that are used"))
     names = [row.pop("name") for row in rows]
     return PhotoSource(
         kind="webdataset",
@@ -79,7 +80,7 @@ def open_parquet(
             lengths.append(pyarrow.parquet.read_metadata(file).num_rows)
             files.append(file)
         except (OSError, pyarrow.ArrowInvalid) as error:
-            skipped.append(Skipped(file.name, f"not a readable parquet file ({' '.join(str(error).split())})"))
+            skipped.append(Skipped(_place(file, root), f"not a readable parquet file ({' '.join(str(error).split())})"))
     if not files:
         raise UserError(f"no readable parquet file in {root}: {'; '.join(map(str, skipped))}")
     try:
@@ -93,7 +94,7 @@ def open_parquet(
     texts = _caption_column(table, caption_field, default_caption, root)
     if isinstance(table.features[image_field], datasets.Image):
         table = table.cast_column(image_field, datasets.Image(decode=False))
-    names = [f"{file.name}:{row}" for file, rows in zip(files, lengths, strict=True) for row in range(rows)]
+    names = [f"{_place(file, root)}:{row}" for file, rows in zip(files, lengths, strict=True) for row in range(rows)]
     return PhotoSource(
         kind="parquet",
         root=root,
@@ -110,6 +111,11 @@ def _table(columns: dict[str, list[Any]]) -> Any:
     import datasets
 
     return datasets.Dataset.from_dict(columns)
+
+
+def _place(file: Path, root: Path) -> str:
+    """A file's name for messages, unique below the root."""
+    return file.name if file == root else file.relative_to(root).as_posix()
 
 
 def _sidecar(picture: Path) -> str | None:

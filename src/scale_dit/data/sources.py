@@ -20,8 +20,29 @@ from scale_dit.errors import UserError
 log = logging.getLogger(__name__)
 
 KINDS = ("folder", "webdataset", "parquet")
+# Some of these need a plugin of Pillow; without it they are skipped by name, which is better than not being seen.
 PICTURE_ENDINGS = frozenset(
-    ".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .ppm .pgm .pnm .jp2 .avif".split()  # noqa: SIM905
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".jxl",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
 
 
