@@ -1,12 +1,12 @@
 """Detail score: is the picture as rich in fine structure as the truth, no poorer and no richer?
 
-Resolution alone is not detail, and neither is noise: the score compares how much power a picture has at each spatial
-frequency that its draft could not carry with how much the true picture has there.
+Resolution alone is not detail, and neither is noise: the score compares how much power a picture has, patch by patch,
+at the spatial frequencies that its draft could not carry, with how much the true picture has there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,43 +15,50 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.evaluation.intervals import bootstrap_mean
-from scale_dit.evaluation.metric import Figure, PictureValues, Record
+from scale_dit.evaluation.metric import Figure, PictureMetric, Record
 from scale_dit.evaluation.pictures import to_uint8
 
 LUMINANCE_WEIGHTS = (0.299, 0.587, 0.114)
-ROUNDING_VARIANCE = 1 / 12
+PATCH = 64
+PATCHES_AT_ONCE = 2048
 
 
-def radial_log_power(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Radially averaged log power spectrum of the luminance.
+def radial_log_power(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Radially averaged log power spectrum of the luminance (0..255) of every patch.
 
-    L(k) = log10(1 + P(k) / P_rounding): P is the Hann-windowed power averaged over rings one cycle per short side
-    wide, P_rounding what 8-bit rounding noise (variance 1/12) has under the same window. L is 0 where there is
-    nothing above rounding, and a factor of ten in power is one unit above.
+    Patches are 64 px a side and overlap by half (Welch 1967). L(k) is the average, over the ring of spatial
+    frequencies of length k, of log10(1 + P / P_level): P is the power under a Hann window, P_level what white noise of
+    one grey level (standard deviation) has under the same window. L is 0 where nothing can be seen, and grows by 1 with
+    every factor of ten in power. The logarithm is taken before the average, so that a few strong lines (the seams of a
+    mosaic lie on the axes) do not pass for a filled spectrum.
 
     Args:
-        images: `[B, 3, H, W]`, uint8 or float in [0, 1].
+        image: `[3, H, W]`, uint8 or float in [0, 1].
 
     Returns:
-        Ring centres in cycles per pixel `[K]`, up to Nyquist (0.5), and L `[B, K]`, float64.
+        k in cycles per pixel, up to Nyquist (0.5) `[K]`, and L `[patches, K]`, float32.
     """
-    weights = torch.tensor(LUMINANCE_WEIGHTS, dtype=torch.float64, device=images.device)
-    luminance = torch.einsum("bchw,c->bhw", to_uint8(images).double(), weights)
-    height, width = luminance.shape[-2:]
-    window, ring, counts, centres = (part.to(images.device) for part in _rings(height, width))
-    luminance = luminance - luminance.mean(dim=(-2, -1), keepdim=True)
-    power = torch.fft.rfft2(luminance * window).abs().square().flatten(1)  # [B, H * (W // 2 + 1)]
-    sums = torch.zeros(len(power), len(counts), dtype=torch.float64, device=images.device)
-    sums.index_add_(1, ring, power * _column_weights(height, width).to(images.device))
-    mean_power = sums / counts
-    rounding = ROUNDING_VARIANCE * window.square().sum()
-    return centres, torch.log10(1 + mean_power[:, : len(centres)] / rounding)
+    weights = torch.tensor(LUMINANCE_WEIGHTS, device=image.device)
+    luminance = torch.einsum("chw,c->hw", to_uint8(image).float(), weights)
+    side = min(PATCH, *luminance.shape)
+    window, rings, frequencies = (part.to(image.device) for part in _window_and_rings(side))
+    step = max(side // 2, 1)
+    patches = luminance.unfold(0, side, step).unfold(1, side, step).flatten(0, 1)
+    level = window.square().sum()
+    averages = []
+    for some in patches.split(PATCHES_AT_ONCE):
+        centred = some - some.mean(dim=(-2, -1), keepdim=True)
+        power = torch.fft.rfft2(centred * window).abs().square().flatten(1)  # [patches, side * (side // 2 + 1)]
+        averages.append(torch.log10(1 + power / level) @ rings)
+    return frequencies, torch.cat(averages)
 
 
 def detail_score(images: Tensor, references: Tensor, scale: float) -> Tensor:
-    """1 - sum_k |L_image(k) - L_true(k)| / sum_k L_true(k), over the frequencies k from the draft's Nyquist to the own.
+    """1 - mean |L_image - L_true| / mean L_true, over the frequencies from the draft's Nyquist to the picture's own.
 
-    1 is a spectrum like the truth's, 0 one as wrong as having no fine structure at all (or worse: clipped).
+    At each frequency the patches of both pictures are sorted by L before they are compared: what counts is how much
+    detail there is in how much of the picture, not where. (The mean distance of sorted values is the first Wasserstein
+    distance.) 1 is as detailed as the truth; 0 is as wrong as having no fine structure at all, or worse.
 
     Args:
         images: `[B, 3, H, W]`, uint8 or float in [0, 1].
@@ -69,40 +76,42 @@ def detail_score(images: Tensor, references: Tensor, scale: float) -> Tensor:
             f"the detail score compares pictures of one size, got {tuple(images.shape)} and the truth "
             f"{tuple(references.shape)}; render the truth at the picture's size"
         )
-    centres, generated = radial_log_power(images)
-    _, true = radial_log_power(references)
-    band = centres > 0.5 / scale
-    if scale <= 1 or not band.any():
+    _check_scale(scale)
+    scores = [_score(image, reference, scale) for image, reference in zip(images, references, strict=True)]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _score(image: Tensor, reference: Tensor, scale: float) -> float:
+    frequencies, made = radial_log_power(image)
+    _, true = radial_log_power(reference)
+    band = frequencies > 0.5 / scale
+    made, true = made[:, band].sort(dim=0).values, true[:, band].sort(dim=0).values
+    error = float((made - true).abs().mean() / true.mean().clamp_min(1e-6))
+    return min(1.0, max(0.0, 1.0 - error))
+
+
+def _check_scale(scale: float) -> None:
+    if not scale > 1:
         raise UserError(f"the detail score needs a scale above 1 (picture side / draft side), got {scale}")
-    error = (generated[:, band] - true[:, band]).abs().sum(dim=1)
-    return (1 - error / true[:, band].sum(dim=1).clamp_min(1e-12)).clamp(0, 1)
 
 
 @lru_cache(maxsize=4)
-def _rings(height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hann window `[H, W]`, ring of each rfft2 coefficient, coefficients per ring, and ring centres up to Nyquist."""
-    window = torch.outer(*(torch.hann_window(n, periodic=True, dtype=torch.float64) for n in (height, width)))
-    vertical = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
-    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)[None, :]
-    short = min(height, width)
-    ring = (torch.hypot(vertical, horizontal) * short).round().long().flatten()
-    counts = torch.zeros(int(ring.max()) + 1, dtype=torch.float64)
-    counts.index_add_(0, ring, _column_weights(height, width))
-    centres = torch.arange(short // 2 + 1, dtype=torch.float64) / short
-    return window, ring, counts, centres
+def _window_and_rings(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hann window `[side, side]`, the matrix that averages rfft2 coefficients over rings, their frequencies `[K]`."""
+    line = torch.hann_window(side, periodic=True)
+    vertical = torch.fft.fftfreq(side)[:, None]
+    horizontal = torch.fft.rfftfreq(side)[None, :]
+    ring = (torch.hypot(vertical, horizontal) * side).round().long()
+    # Inner columns of rfft2 stand for their mirror image too.
+    occurrences = torch.full_like(ring, 2, dtype=torch.float32)
+    occurrences[:, 0] = 1
+    if side % 2 == 0:
+        occurrences[:, -1] = 1
+    rings = torch.nn.functional.one_hot(ring.flatten())[:, : side // 2 + 1] * occurrences.flatten()[:, None]
+    return torch.outer(line, line), rings / rings.sum(dim=0), torch.arange(side // 2 + 1) / side
 
 
-@lru_cache(maxsize=4)
-def _column_weights(height: int, width: int) -> Tensor:
-    """How often each rfft2 coefficient occurs in the full spectrum: inner columns stand for their mirror image too."""
-    weights = torch.full((height, width // 2 + 1), 2.0, dtype=torch.float64)
-    weights[:, 0] = 1
-    if width % 2 == 0:
-        weights[:, -1] = 1
-    return weights.flatten()
-
-
-class Detail:
+class Detail(PictureMetric):
     """Mean detail score of an arm against the true renders.
 
     Args:
@@ -110,35 +119,26 @@ class Detail:
         name: of the figure.
     """
 
+    needs = ("true pictures of the prompts",)
+
     def __init__(self, scale: float, name: str = "detail") -> None:
-        if scale <= 1:
-            raise UserError(f"the detail score needs a scale above 1 (picture side / draft side), got {scale}")
+        super().__init__()
+        _check_scale(scale)
         self.scale = scale
         self.name = name
-        self._values = PictureValues()
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("true pictures of the prompts",)
-
-    def available(self) -> str | None:
-        return None
 
     def update(self, arm: str, images: Tensor, prompts: Sequence[str], records: Sequence[Record]) -> None:
-        known = [i for i, record in enumerate(records) if record.reference is not None]
-        if not known:
-            return
-        references = torch.stack([records[i].reference for i in known])
-        for i, score in zip(known, detail_score(images[known], references, self.scale).tolist(), strict=True):
-            self._values.add(arm, self.name, records[i].index, score)
+        """Score the pictures whose records carry the true picture."""
+        for image, record in zip(images, records, strict=True):
+            if record.reference is not None:
+                score = detail_score(image[None], record.reference[None], self.scale)
+                self._add(arm, self.name, record.index, float(score))
 
     def compute(self, arm: str) -> dict[str, Figure]:
-        scores = list(self._values.of(arm).get(self.name, {}).values())
+        """Mean score, with a bootstrap interval."""
+        scores = list(self.per_picture(arm).get(self.name, {}).values())
         if not scores:
             return {}
         low, high = bootstrap_mean(scores)
-        note = f"spectrum above 1/{2 * self.scale:g} cycles per pixel, Hann window, against the true render"
+        note = f"spectrum above 1/{2 * self.scale:g} cycles per pixel against the true render, {PATCH} px patches"
         return {self.name: Figure(float(np.mean(scores)), low, high, len(scores), "", note)}
-
-    def per_picture(self, arm: str) -> dict[str, Mapping[int, float]]:
-        return dict(self._values.of(arm))

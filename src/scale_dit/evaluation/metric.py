@@ -5,7 +5,7 @@ A new metric is one class with these members in a file of its own, and one file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,14 +59,14 @@ class Metric(Protocol):
     """The contract between the runner and a metric.
 
     Pictures are streamed: `update` sees one batch at a time and keeps numbers or features, never pictures.
+
+    Attributes:
+        name: of the metric in tables and messages.
+        needs: files and packages beyond the project's own, in words.
     """
 
     name: str
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Files and packages that this metric needs beyond the project's own, in words."""
-        ...
+    needs: tuple[str, ...]
 
     def available(self) -> str | None:
         """None if the metric can run, else a sentence that says what is missing and where to put it."""
@@ -77,22 +77,29 @@ class Metric(Protocol):
         ...
 
     def compute(self, arm: str) -> dict[str, Figure]:
-        """The arm's figures by name, over everything that `update` was shown."""
+        """The arm's figures by name, over everything that `update` was shown; empty if it was shown nothing of use."""
         ...
 
-    def per_picture(self, arm: str) -> dict[str, Mapping[int, float]]:
+    def per_picture(self, arm: str) -> dict[str, dict[int, float]]:
         """Values by figure name and picture index, for paired differences; empty if there are none per picture."""
         ...
 
 
-class PictureValues:
-    """Values per arm, figure name and picture index: the memory of every metric that judges pictures one by one."""
+class PictureMetric:
+    """Base of metrics that judge pictures one by one: remembers a value per arm, figure name and picture index."""
+
+    needs: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, dict[int, float]]] = {}
 
-    def add(self, arm: str, name: str, index: int, value: float) -> None:
-        self._values.setdefault(arm, {}).setdefault(name, {})[index] = float(value)
+    def available(self) -> str | None:
+        """None: judging needs nothing but the project itself, unless a metric says otherwise."""
+        return None
 
-    def of(self, arm: str) -> dict[str, dict[int, float]]:
-        return self._values.get(arm, {})
+    def per_picture(self, arm: str) -> dict[str, dict[int, float]]:
+        """Values by figure name and picture index."""
+        return dict(self._values.get(arm, {}))
+
+    def _add(self, arm: str, name: str, index: int, value: float) -> None:
+        self._values.setdefault(arm, {}).setdefault(name, {})[index] = float(value)

@@ -1,0 +1,258 @@
+"""The table of every figure that a document quotes, and the check that the documents quote it right.
+
+    python -m scale_dit.evaluation.figures                  lists the rows
+    python -m scale_dit.evaluation.figures --check          says which quoted numbers differ from their rows
+    python -m scale_dit.evaluation.figures --update-docs    rewrites the quoted numbers
+    python -m scale_dit.evaluation.figures --merge FILE     takes in rows that were measured on another machine
+
+How a document quotes a figure is described in `quotes.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from scale_dit.errors import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "lightning", "torchmetrics", "triton")
+NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One row of the table; `low` and `high` are the 95 % interval or the 20th and 80th percentile."""
+
+    name: str
+    value: float
+    unit: str
+    low: float | None
+    high: float | None
+    n: int | None
+    command: str
+    machine: str
+    versions: str
+    commit: str
+    date: str
+
+
+COLUMNS = tuple(field.name for field in fields(FigureRow))
+
+
+def project_root() -> Path:
+    """The folder that holds `pyproject.toml`: above this file in a checkout, else above the working directory."""
+    for start in (Path(__file__).resolve(), Path.cwd().resolve()):
+        for folder in start.parents if start.is_file() else (start, *start.parents):
+            if (folder / "pyproject.toml").is_file():
+                return folder
+    return Path.cwd()
+
+
+def figures_file() -> Path:
+    """`experiments/figures.csv` of this checkout."""
+    return project_root() / "experiments" / "figures.csv"
+
+
+def record_figure(
+    name: str,
+    value: float,
+    unit: str,
+    low: float | None = None,
+    high: float | None = None,
+    n: int | None = None,
+    command: str | None = None,
+    path: Path | None = None,
+) -> FigureRow:
+    """Write one figure into the table, in place of an older row of that name.
+
+    Args:
+        name: lower case letters, digits and underscores.
+        value: the number.
+        unit: e.g. `dB`, `share`, `minutes`.
+        low, high: 95 % interval, or 20th and 80th percentile of repeated timings.
+        n: pictures, repetitions.
+        command: what measured it; the running program by default.
+        path: the table; `experiments/figures.csv` by default.
+
+    Raises:
+        UserError: the name is not of that form, or the value is not finite.
+    """
+    if not NAME.match(name):
+        raise UserError(f"a figure's name is made of a-z, 0-9 and _, got {name!r}")
+    if not abs(value) < float("inf"):
+        raise UserError(f"figure {name} is {value}: only finite numbers are recorded")
+    row = FigureRow(
+        name=name,
+        value=_rounded(value),
+        unit=unit,
+        low=None if low is None else _rounded(low),
+        high=None if high is None else _rounded(high),
+        n=n,
+        command=command or running_command(),
+        machine=machine(),
+        versions=versions(),
+        commit=commit(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+    merge_rows([row], path or figures_file())
+    return row
+
+
+def read_figures(path: Path | None = None) -> dict[str, FigureRow]:
+    """All rows by name; empty if there is no table yet.
+
+    Raises:
+        UserError: the file's columns are not those of the table.
+    """
+    path = path or figures_file()
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} has the columns {reader.fieldnames}, expected {list(COLUMNS)}")
+        return {entry["name"]: _parse(entry) for entry in reader}
+
+
+def merge_rows(rows: Sequence[FigureRow], path: Path) -> None:
+    """Put rows into the table, sorted by name, in one step that no reader and no second writer can see half done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        merged = {**read_figures(path), **{row.name: row for row in rows}}
+        unfinished = path.with_suffix(".part")
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for name in sorted(merged):
+                writer.writerow({key: "" if v is None else v for key, v in asdict(merged[name]).items()})
+        os.replace(unfinished, path)
+
+
+def running_command() -> str:
+    """The command line that is running, as one would type it in the project's folder."""
+    program, *arguments = sys.argv
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if module is not None and module.name:
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *arguments])
+    with contextlib.suppress(ValueError):
+        program = str(Path(program).resolve().relative_to(project_root()))
+    return shlex.join(["python", program, *arguments])
+
+
+def machine() -> str:
+    """GPU model and number if there is one, else processor and usable cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores"
+
+
+def versions() -> str:
+    """Versions of Python and of the packages that decide numbers, as `torch 2.14.0; ...`."""
+    found = [f"python {platform.python_version()}"]
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return "; ".join(found)
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit; empty outside a git checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=project_root(), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.stdout.strip()
+
+
+def _parse(entry: Mapping[str, str]) -> FigureRow:
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    return FigureRow(
+        **{key: entry[key] for key in ("name", "unit", "command", "machine", "versions", "commit", "date")},
+        value=float(entry["value"]),
+        low=number(entry["low"]),
+        high=number(entry["high"]),
+        n=int(entry["n"]) if entry["n"] else None,
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{float(value):.6g}")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold an advisory lock on a folder, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List, check, rewrite or merge figures; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m scale_dit.evaluation.figures", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="list quotes that differ from their rows")
+    parser.add_argument("--update-docs", action="store_true", help="rewrite quoted numbers from the rows")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="take in rows measured on another machine")
+    options = parser.parse_args(arguments)
+    from scale_dit.evaluation.quotes import documents, quotes, update_document
+
+    if options.merge:
+        taken = read_figures(options.merge)
+        # A machine without a git checkout leaves the commit empty: it ran this working tree.
+        complete = [FigureRow(**{**asdict(row), "commit": row.commit or commit()}) for row in taken.values()]
+        merge_rows(complete, figures_file())
+    rows = read_figures()
+    if options.update_docs:
+        for path in documents():
+            print(f"{update_document(path, rows):3d} changed in {path.relative_to(project_root())}")
+    found = [quote for path in documents() for quote in quotes(path, rows)]
+    wrong = [quote for quote in found if quote.text != quote.expected]
+    if options.check or options.update_docs:
+        for quote in wrong:
+            place = f"{quote.path.relative_to(project_root())}:{quote.line}"
+            print(f"{place}: {quote.name} is quoted as {quote.text!r}, its row says {quote.expected!r}")
+        print(f"{len(found)} figures quoted, {len(wrong)} wrong")
+        return 1 if wrong else 0
+    for row in rows.values():
+        interval = f" [{row.low:g}, {row.high:g}]" if row.low is not None and row.high is not None else ""
+        print(f"{row.name:40s} {row.value:g}{interval} {row.unit}  ({row.date}, {row.machine})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
