@@ -95,6 +95,16 @@ def test_fragments_and_copies_make_the_count_wrong():
     assert len(parse(copies)) == 4
 
 
+def test_a_rim_of_similar_hue_is_no_object_but_a_touching_object_is():
+    orange, yellow = (torch.tensor(COLOURS[name][0])[:, None, None] for name in ("orange", "yellow"))
+    picture = torch.full((3, 256, 256), 0.5)
+    picture[:, 60:160, 60:160] = orange
+    picture[:, 60:160, 160:170] = yellow
+    assert [item.colour for item in parse(picture)] == ["orange"]
+    picture[:, 60:160, 160:240] = yellow
+    assert {item.colour for item in parse(picture)} == {"orange", "yellow"}
+
+
 @pytest.mark.parametrize("image", [torch.zeros(1, 8, 8), torch.zeros(1, 3, 8, 8), torch.full((3, 8, 8), math.nan)])
 def test_pictures_that_cannot_be_parsed(image):
     with pytest.raises(UserError):

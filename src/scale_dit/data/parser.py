@@ -24,6 +24,7 @@ SMOOTHING = 1.0
 MINIMUM_CHROMA = 0.28
 MINIMUM_SATURATION = 0.33
 SMALLEST_SIDE = 0.06
+SIMILAR_HUE = math.radians(35)
 _GRID = 41
 _ANGLE_STEP = math.radians(6)
 
@@ -51,8 +52,8 @@ def parse(image: Tensor) -> list[FoundObject]:
     """Find every object, largest first.
 
     Pixels far from grey are sorted by hue into the eight object colours; each connected area of one colour above
-    `SMALLEST_SIDE` squared (in shorter sides of the frame) is an object. Nothing else is filtered: fragments and
-    mosaics yield many objects, as they should.
+    `SMALLEST_SIDE` squared (in shorter sides of the frame) is an object, except a smaller one that touches another of
+    nearly the same hue. Nothing else is filtered: fragments and mosaics yield many objects, as they should.
 
     Args:
         image: ``[3, H, W]`` in [0, 1], any resolution and device.
@@ -64,15 +65,19 @@ def parse(image: Tensor) -> list[FoundObject]:
     height, width = pixels.shape[1:]
     side = min(height, width)
     hue_class = classify_colours(pixels)
+    blobs = [
+        (index, mask)
+        for index in range(len(COLOURS))
+        for mask in _blobs(hue_class == index, SMALLEST_SIDE**2 * side**2)
+    ]
     found = []
-    for index, colour in enumerate(COLOURS):
-        for mask in _blobs(hue_class == index, SMALLEST_SIDE**2 * side**2):
-            area = float(mask.sum())
-            y, x = (float(value) for value in ndimage.center_of_mass(mask))
-            shape, overlap = _best_shape(mask, x, y, area)
-            diameter = 2 * math.sqrt(area / _unit_area(shape))
-            centre = ((x + 0.5) / width, (y + 0.5) / height)
-            found.append((area, FoundObject(colour, shape, centre, diameter / side, overlap)))
+    for index, mask in _absorb_rims(blobs):
+        area = float(mask.sum())
+        y, x = (float(value) for value in ndimage.center_of_mass(mask))
+        shape, overlap = _best_shape(mask, x, y, area)
+        diameter = 2 * math.sqrt(area / _unit_area(shape))
+        centre = ((x + 0.5) / width, (y + 0.5) / height)
+        found.append((area, FoundObject(tuple(COLOURS)[index], shape, centre, diameter / side, overlap)))
     return [item for _, item in sorted(found, key=lambda pair: -pair[0])]
 
 
@@ -85,8 +90,7 @@ def classify_colours(pixels: np.ndarray) -> np.ndarray:
     red, green, blue = pixels[:, saturated]
     # Hue as an angle in the plane perpendicular to grey: smooth everywhere, unlike the hexagon's six cases.
     hue = np.arctan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)
-    apart = np.abs((hue[:, None] - _palette_hues() + math.pi) % (2 * math.pi) - math.pi)
-    classes[saturated] = apart.argmin(1)
+    classes[saturated] = _apart(hue[:, None], _palette_hues()).argmin(1)
     return classes
 
 
@@ -121,6 +125,33 @@ def _blobs(mask: np.ndarray, minimum_area: float) -> list[np.ndarray]:
     labels, count = ndimage.label(opened, np.ones((3, 3), int))
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     return [labels == label for label in range(1, count + 1) if areas[label] >= minimum_area]
+
+
+def _absorb_rims(blobs: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+    """Give each area to a touching one of nearly the same hue and at least twice its size.
+
+    Where a blurred or noisy orange object mixes with the ground, part of it passes for yellow.
+    """
+    hues = _palette_hues()
+    kept: list[tuple[int, np.ndarray]] = []
+    for index, mask in sorted(blobs, key=lambda blob: -int(blob[1].sum())):
+        similar = [
+            position
+            for position, (other, area) in enumerate(kept)
+            if other != index and _apart(hues[index], hues[other]) < SIMILAR_HUE and area.sum() >= 2 * mask.sum()
+        ]
+        grown = ndimage.binary_dilation(mask, np.ones((3, 3), bool), iterations=3) if similar else mask
+        touching = next((position for position in similar if (grown & kept[position][1]).any()), None)
+        if touching is None:
+            kept.append((index, mask))
+        else:
+            kept[touching] = (kept[touching][0], kept[touching][1] | mask)
+    return kept
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Distance of two angles, 0 to pi."""
+    return np.abs((one - other + math.pi) % (2 * math.pi) - math.pi)
 
 
 def _best_shape(mask: np.ndarray, x: float, y: float, area: float) -> tuple[str, float]:
