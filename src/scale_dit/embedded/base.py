@@ -61,7 +61,7 @@ class TinyBaseModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Compile the repeated blocks on a GPU."""
         if self.device.type == "cuda":
-            self.transformer.compile_repeated_blocks(fullgraph=True)
+            self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """One flow-matching step."""
@@ -123,7 +123,7 @@ class TinyBaseModule(lightning.LightningModule):
             weight_decay=self.hparams.weight_decay,
             fused=self.device.type == "cuda",
         )
-        return warmup_cosine(optimiser, int(self.trainer.estimated_stepping_batches), warmup=500)
+        return warmup_cosine(optimiser, self.trainer, warmup=500)
 
 
 def pack(latents: Tensor) -> Tensor:
