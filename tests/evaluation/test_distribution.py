@@ -60,7 +60,7 @@ def test_distance_grows_with_the_difference_and_states_how_it_was_measured(kind)
     assert far[name].low < far[name].value < far[name].high
     assert far[name].low > near[name].high
     assert far[name].n == 60
-    for part in ("mean over the picture", "N=60 against 60", "two halves of the true pictures", "torchmetrics"):
+    for part in ("mean over the picture", "N=60 against the 60", "two halves of the true pictures", "torchmetrics"):
         assert part in far[name].note
 
 

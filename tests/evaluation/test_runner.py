@@ -103,6 +103,7 @@ def test_files_hold_what_was_measured(results):
     names = sorted(path.name for path in (results.folder / "noise").iterdir())
     assert names == [f"{i:05d}_seed{100 + i}.png" for i in range(6)]
     assert load_picture(results.picture_grid).shape[1] > 6 * 320
+    assert load_picture(results.folder / "crops.png").shape == load_picture(results.picture_grid).shape
 
 
 def test_the_table_names_arms_metrics_and_what_is_missing(results):
@@ -137,6 +138,11 @@ def test_pictures_with_the_same_settings_are_not_made_again(tmp_path):
     calls.clear()
     run(tmp_path, {"noise": counted})
     assert sum(map(len, calls)) == 6
+
+
+def test_an_arm_that_no_longer_makes_drafts_is_not_judged_by_old_ones(tmp_path):
+    assert run(tmp_path, {"arm": bicubic}).row("arm", "draft_count").n == 6
+    assert run(tmp_path, {"arm": noise}).row("arm", "draft_count") is None
 
 
 def test_an_interrupted_evaluation_keeps_what_it_made(tmp_path):

@@ -93,7 +93,7 @@ class _AgainstReference(SetMetric):
         value = self.distance(true, made)
         floor = self.floor(true)
         note = self._note(
-            f"N={len(made)} against {len(true)} true pictures; "
+            f"N={len(made)} against the {len(true)} true pictures of the same prompts; "
             f"two halves of the true pictures are {floor:.4g} apart (N={len(true) // 2})"
         )
         return {self.name: Figure(value, *self.interval(true, made, value), len(made), "", note)}

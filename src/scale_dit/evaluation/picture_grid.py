@@ -1,4 +1,4 @@
-"""One picture that shows every arm side by side: a row for each prompt, a column for each arm."""
+"""One sheet that shows every arm side by side: a row for each prompt, a column for each arm."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ FONT_SIZE = 15
 
 
 def write_picture_grid(
-    path: Path, rows: Sequence[Sequence[Path | None]], columns: Sequence[str], prompts: Sequence[str], side: int = 320
+    path: Path,
+    rows: Sequence[Sequence[Path | None]],
+    columns: Sequence[str],
+    prompts: Sequence[str],
+    side: int = 320,
+    crop: bool = False,
 ) -> None:
-    """Draw pictures, reduced to at most `side` pixels, with the arms' names above and each row's prompt below.
+    """Draw pictures with the arms' names above and each row's prompt below.
 
     Args:
         path: the PNG to write.
@@ -27,6 +32,7 @@ def write_picture_grid(
         columns: names of the arms.
         prompts: text of each row.
         side: longer side of a cell in pixels.
+        crop: show the middle of each picture at its own resolution instead of the whole picture reduced.
 
     Raises:
         UserError: the numbers of rows, columns and prompts do not fit together.
@@ -46,7 +52,8 @@ def write_picture_grid(
     for row, text, height in zip(rows, texts, heights, strict=True):
         for column, file in enumerate(row):
             if file is not None:
-                _paste(sheet, file, MARGIN + column * (side + MARGIN), top, side)
+                cell = _middle(file, side) if crop else _reduced(file, side)
+                sheet.paste(cell, (MARGIN + column * (side + MARGIN), top + (side - cell.height) // 2))
         for number, line in enumerate(text):
             pen.text((MARGIN, top + side + 2 + number * LINE), line, fill="black", font=font)
         top += height
@@ -56,9 +63,17 @@ def write_picture_grid(
     os.replace(unfinished, path)
 
 
-def _paste(sheet: Image.Image, file: Path, left: int, top: int, side: int) -> None:
+def _reduced(file: Path, side: int) -> Image.Image:
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    factor = side / max(picture.size)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _middle(file: Path, side: int) -> Image.Image:
     with Image.open(file) as picture:
-        reduced = picture.convert("RGB")
-    factor = side / max(reduced.size)
-    size = (max(1, round(reduced.width * factor)), max(1, round(reduced.height * factor)))
-    sheet.paste(reduced.resize(size, Image.Resampling.LANCZOS), (left, top + (side - size[1]) // 2))
+        left, top = max(0, (picture.width - side) // 2), max(0, (picture.height - side) // 2)
+        return picture.convert("RGB").crop(
+            (left, top, min(picture.width, left + side), min(picture.height, top + side))
+        )

@@ -102,8 +102,8 @@ def print_results(results: Results, console: Any = None) -> None:
             unit = next((row.unit for row in found if row and row.unit), "")
             table.add_row(f"{metric} [dim]{unit}[/dim]", *(_cell(row) for row in found))
         console.print(table)
-    for metric, reason in results.unavailable().items():
-        console.print(f"{metric}: not measured. {reason}", style="yellow", markup=False)
+    for reason, metrics in _by_reason(results).items():
+        console.print(f"{', '.join(metrics)}: not measured. {reason}", style="yellow", markup=False)
     if results.picture_grid is not None:
         console.print(f"pictures side by side: {results.picture_grid}", markup=False)
     console.print(f"results: {results.folder / 'results.json'}, {results.folder / 'results.csv'}", markup=False)
@@ -111,6 +111,15 @@ def print_results(results: Results, console: Any = None) -> None:
 
 def _differences(results: Results) -> list[str]:
     return _in_order(row.arm for row in results.rows if row.arm and row.arm not in results.arms)
+
+
+def _by_reason(results: Results) -> dict[str, list[str]]:
+    """Metrics without a value, of all arms or of one, by what kept them from it."""
+    reasons: dict[str, list[str]] = {}
+    for row in results.rows:
+        if row.value is None:
+            reasons.setdefault(row.note, []).append(f"{row.metric} of {row.arm}" if row.arm else row.metric)
+    return reasons
 
 
 def _in_order(names: Any) -> list[str]:

@@ -54,7 +54,8 @@ def evaluate(
         prompts: one text per picture.
         seeds: one seed per picture; picture i of every arm has prompt i and seed i.
         metrics: fresh metrics; one that is not available is reported as such and the others still run.
-        output_folder: pictures, `results.json`, `results.csv` and `pictures.png` go there. Pictures of an earlier,
+        output_folder: pictures, `results.json`, `results.csv`, `pictures.png` (whole) and `crops.png` (at their own
+            resolution) go there. Pictures of an earlier,
             interrupted evaluation with the same settings are taken over.
         scenes: the scene that each prompt describes; gives the scene metrics and the true renders.
         reference: makes the true pictures of records at a size, `[B, 3, H, W]`; by default the scenes are rendered.
@@ -219,7 +220,9 @@ def _grid(arms: Mapping[str, Arm], records: Sequence[Record], store: Store, with
         files: list[Path | None] = [store.picture(name, record.index, record.seed) for name in arms]
         rows.append([*files, store.any_reference(record)] if with_reference else files)
     path = store.folder / "pictures.png"
-    write_picture_grid(path, rows, columns, [record.prompt for record in records])
+    prompts = [record.prompt for record in records]
+    write_picture_grid(path, rows, columns, prompts)
+    write_picture_grid(store.folder / "crops.png", rows, columns, prompts, crop=True)
     return path
 
 

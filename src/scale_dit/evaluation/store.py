@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Store:
     """Files of one evaluation: `<folder>/<arm>/<index>_seed<seed>.png`, drafts under `<folder>/drafts/<arm>/`."""
 
     folder: Path
+    _made: set[Path] = field(default_factory=set)
 
     def picture(self, arm: str, index: int, seed: int) -> Path:
         """File of a picture."""
@@ -33,11 +34,14 @@ class Store:
         return self.folder / DRAFT_FOLDER / arm / f"{index:05d}_seed{seed}.png"
 
     def reference(self, record: Record, height: int, width: int, make: MakeReference) -> tuple[Tensor, Path]:
-        """The true picture of a record at a size, as `[3, H, W]` uint8, and its file, made at the first call."""
+        """The true picture of a record at a size, as `[3, H, W]` uint8, and its file.
+
+        It is made once in each evaluation, not taken from an earlier one: the renderer may have changed since.
+        """
         path = self.folder / REFERENCE_FOLDER / f"{height}x{width}" / f"{record.index:05d}_seed{record.seed}.png"
-        mark = fingerprint({"maker": f"{make.__module__}.{make.__qualname__}", "scene": record.scene}, record.prompt, 0)
-        if (read_provenance(path) or {}).get("fingerprint") != mark:
-            save_picture(make([record], height, width)[0], path, {"prompt": record.prompt, "fingerprint": mark})
+        if path not in self._made:
+            save_picture(make([record], height, width)[0], path, {"prompt": record.prompt})
+            self._made.add(path)
         return load_picture(path), path
 
     def any_reference(self, record: Record) -> Path | None:
@@ -69,6 +73,8 @@ class Store:
         """Write a picture with its provenance, after its draft: a picture on disk says that both are there."""
         if draft is not None:
             save_picture(draft, self.draft(arm, index, seed))
+        else:
+            self.draft(arm, index, seed).unlink(missing_ok=True)
         provenance = {
             "prompt": prompt,
             "seed": seed,
