@@ -69,8 +69,8 @@ class TrainableEMA(lightning.Callback):
                 parameter.data.copy_(self.current[name])
         self.current = {}
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leave the average in the module."""
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the average in the module, after the last checkpoint and before the module exports itself."""
         if self.average:
             self._swap_in(pl_module)
             self.current = {}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from scale_dit.data.captions import caption
-from scale_dit.data.scenes import Scene, pack, render, render_packed, sample_scene
+from scale_dit.data.encoding import encode_batch
+from scale_dit.data.scenes import Scene, pack, render_packed, sample_scene
 
 
 class PackedScenes(Dataset):
@@ -91,26 +95,26 @@ def load_sample_photos() -> list[Tensor]:
 
 
 class MemoryBatches(IterableDataset):
-    """Endless shuffled batches out of tensors that are already on the training device.
+    """Endless shuffled batches out of tensors in memory; batch k depends on the seed and k alone.
 
     Args:
-        buckets: One dict of equally long tensors for each picture size; a batch comes from one bucket, buckets in
-            proportion to their lengths.
+        buckets: One dict of equally long tensors (or dicts of them) for each picture size; a batch comes from one
+            bucket, buckets in proportion to their lengths.
         batch_size: Rows a batch.
         seed: Order of the batches.
+        first: Index of the first batch, so that a resumed run goes on where it stopped.
     """
 
-    def __init__(self, buckets: list[dict[str, Tensor]], batch_size: int, seed: int):
-        self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
+    def __init__(self, buckets: list[dict[str, Any]], batch_size: int, seed: int, first: int = 0):
+        self.buckets, self.batch_size, self.seed, self.first = buckets, batch_size, seed, first
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        lengths = torch.tensor([float(len(next(iter(bucket.values())))) for bucket in self.buckets])
-        while True:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        lengths = torch.tensor([float(len(bucket["latents"])) for bucket in self.buckets])
+        for index in itertools.count(self.first):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
             bucket = self.buckets[int(torch.multinomial(lengths, 1, generator=generator))]
-            length = len(next(iter(bucket.values())))
-            rows = torch.randint(length, (self.batch_size,), generator=generator)
-            yield {name: tensor[rows.to(tensor.device)] for name, tensor in bucket.items()}
+            rows = torch.randint(len(bucket["latents"]), (self.batch_size,), generator=generator)
+            yield tree_map(lambda tensor, rows=rows: tensor[rows.to(tensor.device)], bucket)
 
 
 class SceneLatents(lightning.LightningDataModule):
@@ -170,9 +174,67 @@ class SceneLatents(lightning.LightningDataModule):
         return DataLoader(MemoryBatches(self.buckets, self.batch_size, seed), batch_size=None)
 
 
+class ScenePairs(lightning.LightningDataModule):
+    """Scenes with their own reductions as drafts, for `ScaleDiTModule`: rendered and encoded once, held in memory.
+
+    Args:
+        count: Scenes a rank.
+        batch_size: Scenes a step and device.
+        scale: The draft's sides are the picture's divided by it; it must be the method's.
+        guidance_tokens: Further reduction of the draft, as in the method.
+        workers: Loader processes while rendering.
+        seed: Order of the batches.
+    """
+
+    def __init__(
+        self,
+        count: int = 1024,
+        batch_size: int = 16,
+        scale: float = 4.0,
+        guidance_tokens: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.count, self.batch_size, self.scale, self.guidance_tokens = count, batch_size, scale, guidance_tokens
+        self.workers, self.seed = workers, seed
+        self.pairs: dict[str, Any] = {}
+        self.first_batch = 0
+
+    def setup(self, stage: str) -> None:
+        """Render, reduce and encode this rank's scenes."""
+        if self.pairs:
+            return
+        base, size = self.trainer.lightning_module.base, self.trainer.lightning_module.base_settings.native
+        device = self.trainer.strategy.root_device
+        base.to(device)
+        parts = []
+        for batch in PackedScenes("train", self.count, self.trainer.global_rank * 10_000_000).loader(64, self.workers):
+            picture = render_packed({name: tensor.to(device) for name, tensor in batch["packed"].items()}, size, size)
+            pair = encode_batch(
+                picture, batch["caption"], base.encode_images, base.encode_prompts, self.scale,
+                base.settings.token_size, self.guidance_tokens,
+            )  # fmt: skip
+            parts.append({name: pair[name] for name in ("latents", "guidance_latents", "text")})
+        self.pairs = tree_map(lambda *tensors: torch.cat(tensors), *parts)
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless batches from memory."""
+        seed = self.seed * 1000 + self.trainer.global_rank
+        return DataLoader(MemoryBatches([self.pairs], self.batch_size, seed, self.first_batch), batch_size=None)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches were used."""
+        return {"batches": self.trainer.fit_loop.epoch_loop.total_batch_idx + 1}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on behind the batches that were used."""
+        self.first_batch = state_dict["batches"]
+
+
 def held_out_scenes(count: int) -> list[Scene]:
     """The whole scenes on which every reported accuracy is measured: the first `count` of the test split."""
     return [sample_scene(index, split="test", zoom=1.0) for index in range(count)]
 
 
-__all__ = ["MemoryBatches", "PackedScenes", "SceneLatents", "ScenePictures", "held_out_scenes", "render"]
+__all__ = ["MemoryBatches", "PackedScenes", "SceneLatents", "ScenePairs", "ScenePictures", "held_out_scenes"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -79,24 +80,24 @@ class LayoutAttnProcessor:
         if block_attention is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         length = block_attention.layout.text
+        cosine, sine = image_rotary_emb
         image = _project(attn, hidden_states)
-        if encoder_hidden_states is None:
-            image = _rotate(image, image_rotary_emb)
-            text = tuple(part[:, :length] for part in image)
-            image = tuple(part[:, length:] for part in image)
+        if length == 0:
+            text, image = None, _rotate(image, image_rotary_emb)
+        elif encoder_hidden_states is None:
+            both = _rotate(image, image_rotary_emb)
+            text, image = tuple(part[:, :length] for part in both), tuple(part[:, length:] for part in both)
         else:
-            cosine, sine = image_rotary_emb
             text = _rotate(_project_added(attn, encoder_hidden_states), (cosine[:length], sine[:length]))
             image = _rotate(image, (cosine[length:], sine[length:]))
         if block_attention.recorded is not None:
             block_attention.recorded.append((image[1], image[2]))
         text_out, image_out = attend(
-            text if length else None, image, block_attention.guidance, block_attention.layout, block_attention.backend
+            text, image, block_attention.guidance, block_attention.layout, block_attention.backend
         )
-        image_out = image_out.flatten(2)
+        text_out, image_out = text_out.flatten(2), image_out.flatten(2)
         if encoder_hidden_states is None:
-            return torch.cat([text_out.flatten(2), image_out], dim=1) if length else image_out
-        text_out = text_out.flatten(2) if length else encoder_hidden_states
+            return torch.cat([text_out, image_out], dim=1) if length else image_out
         return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
 
 
@@ -160,6 +161,12 @@ class Flux1:
         pipeline = FluxPipeline.from_pretrained(settings.path, torch_dtype=dtype)
         return cls(pipeline.to(device), settings, **options)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_components(cls, components: dict[str, Any], settings: BaseSettings, backend: str = "auto") -> Flux1:
+        """Drive components that are loaded already, by the names of `FluxPipeline`."""
+        names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+        return cls(FluxPipeline(**{name: components[name] for name in names}), settings, backend)
+
     @property
     def transformer(self) -> FluxTransformer2DModel:
         """The diffusion transformer."""
@@ -174,6 +181,16 @@ class Flux1:
     def dtype(self) -> torch.dtype:
         """The transformer's dtype."""
         return self.transformer.dtype
+
+    def to(self, device: torch.device) -> None:
+        """Move every module."""
+        self.pipeline.to(device)
+
+    def freeze(self) -> None:
+        """No gradients, and evaluation mode, for every module."""
+        for module in self.pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
 
     @property
     def latent_channels(self) -> int:

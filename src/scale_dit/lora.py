@@ -1,0 +1,238 @@
+"""The LoRA that teaches the frozen base to offer the draft: where it sits, when it acts, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from scale_dit.errors import UserError
+
+ADAPTER = "scale_dit"
+PREFIX = "transformer."
+FILE_NAME = "pytorch_lora_weights.safetensors"
+SCOPES = ("guidance", "all")
+
+# What diffusers' own `save_lora_weights` calls the adapter's config in a file's metadata.
+DIFFUSERS_CONFIG = "lora_adapter_metadata"
+OWN_RECORD = "scale_dit"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Size and reach of the LoRA.
+
+    Args:
+        rank: Rank of the update.
+        alpha: The update is scaled by alpha / rank.
+        scope: `guidance`: it acts on the guidance tokens alone (the paper); `all`: on the image pass too (ablation).
+    """
+
+    rank: int = 16
+    alpha: float = 16
+    scope: str = "guidance"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"LoRA rank is {self.rank}, but it must be at least 1: set lora.rank=16.")
+        if self.scope not in SCOPES:
+            raise UserError(f"Unknown LoRA scope {self.scope!r}: use one of {', '.join(SCOPES)}.")
+
+
+def target_modules(transformer: nn.Module) -> list[str]:
+    """Full names of the linear layers that get an adapter.
+
+    `x_embedder`; the image side's q, k, v, output and feed-forward of double blocks; q, k, v, MLP and output of single
+    blocks; and of the last block keys and values only, because nothing behind them is read.
+    """
+    double = [f"transformer_blocks.{i}" for i in range(len(transformer.transformer_blocks))]
+    single = [f"single_transformer_blocks.{i}" for i in range(len(transformer.single_transformer_blocks))]
+    last = (single or double)[-1]
+    names = ["x_embedder"]
+    for block in double + single:
+        if block == last:
+            layers = ("attn.to_k", "attn.to_v")
+        elif block in double:
+            layers = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+        else:
+            layers = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+        names += [f"{block}.{layer}" for layer in layers]
+    return names
+
+
+def add_lora(transformer: nn.Module, settings: LoraSettings, name: str = ADAPTER) -> list[nn.Parameter]:
+    """Freeze the transformer and add a fresh LoRA (Gaussian A, zero B) in float32.
+
+    Returns:
+        The LoRA's parameters.
+    """
+    transformer.requires_grad_(False)
+    targets = target_modules(transformer)
+    transformer.add_adapter(_peft_config(settings, targets), adapter_name=name)
+    _check_count(transformer, name, len(targets))
+    # In bfloat16 AdamW's updates of a LoRA would round away.
+    cast_training_params(transformer, torch.float32)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def _peft_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, init_lora_weights="gaussian", target_modules=targets
+    )
+
+
+def _check_count(transformer: nn.Module, name: str, expected: int) -> None:
+    found = sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
+    if found != expected:
+        raise RuntimeError(f"the LoRA {name!r} should sit on {expected} layers, but sits on {found}")
+
+
+def _adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Let exactly the adapters `names` act inside `module`.
+
+    PEFT's own `set_adapter` also switches `requires_grad`, which would cut the LoRA off between its two passes.
+    """
+    layers = _adapted_layers(module)
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = list(names)
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+def lora_state(transformer: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
+    """The LoRA's tensors by peft's names, such as `x_embedder.lora_A.weight`."""
+    return get_peft_model_state_dict(transformer, adapter_name=name)
+
+
+def save_lora(
+    transformer: nn.Module,
+    folder: str | Path,
+    settings: LoraSettings,
+    record: dict[str, Any],
+    name: str = ADAPTER,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write the LoRA in diffusers' format, loadable by `FluxPipeline.load_lora_weights(folder)`.
+
+    Args:
+        record: What it was trained for: base, scale, window, pattern, anchors; checked when it is loaded here.
+
+    Returns:
+        The file's path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX + key: value.to(dtype).contiguous().cpu() for key, value in lora_state(transformer, name).items()}
+    config = _peft_config(settings, target_modules(transformer)).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    metadata = {
+        "format": "pt",
+        DIFFUSERS_CONFIG: json.dumps({PREFIX + key: value for key, value in config.items()}, default=str, sort_keys=True),
+        OWN_RECORD: json.dumps(record | {"rank": settings.rank, "alpha": settings.alpha, "lora_scope": settings.scope}),
+    }
+    path = folder / FILE_NAME
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_file(tensors, partial, metadata)
+    partial.replace(path)
+    return path
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (without the `transformer.` prefix) and record of a LoRA file, or of the folder that holds one.
+
+    Raises:
+        UserError: Missing, truncated, not a LoRA, or without the record that this project writes.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"LoRA file {path} does not exist; give a file or folder written by src/train.py (lora.path=...).")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"LoRA file {path} cannot be read ({error}): it is truncated or no safetensors file.") from error
+    foreign = [key for key in tensors if not key.startswith(PREFIX) or ".lora_" not in key]
+    if foreign or not tensors:
+        raise UserError(
+            f"LoRA file {path} is not in diffusers' format: {len(foreign)} of {len(tensors)} keys do not look like "
+            f"'transformer.<module>.lora_A.weight', for example {foreign[:3]}."
+        )
+    if OWN_RECORD not in metadata:
+        raise UserError(
+            f"LoRA file {path} was not written by Scale-DiT training (no '{OWN_RECORD}' record in its metadata), so "
+            f"it cannot be known to which base and scale it belongs. Train one with src/train.py."
+        )
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}, json.loads(metadata[OWN_RECORD])
+
+
+def check_record(record: dict[str, Any], base: str, method: dict[str, object]) -> list[str]:
+    """Compare what a LoRA was trained for with what it is asked for.
+
+    Returns:
+        Differences in the method (a scale or window it was not trained for), as sentences: allowed, but worth a warning.
+
+    Raises:
+        UserError: It belongs to another base.
+    """
+    if record.get("base") != base:
+        raise UserError(
+            f"this LoRA was trained on base {record.get('base')!r}, but the base is {base!r}: select "
+            f"base={record.get('base')}, or a LoRA of base {base!r}."
+        )
+    keys = [key for key in method if key in record and record[key] != method[key]]
+    return [f"the LoRA was trained with {key}={record[key]}, now it is {method[key]}" for key in keys]
+
+
+def load_lora(transformer: nn.Module, path: str | Path, name: str = ADAPTER) -> tuple[LoraSettings, dict[str, Any]]:
+    """Add the LoRA of a file to the transformer, frozen.
+
+    Raises:
+        UserError: See `read_lora`; or keys or shapes that do not fit this transformer, named.
+    """
+    tensors, record = read_lora(path)
+    settings = LoraSettings(int(record["rank"]), float(record["alpha"]), str(record["lora_scope"]))
+    add_lora(transformer, settings, name)
+    own = lora_state(transformer, name)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+    if missing or unexpected or shapes:
+        transformer.delete_adapters(name)
+        raise UserError(
+            f"LoRA file {path} does not fit this base: {len(missing)} keys are missing {missing[:3]}, "
+            f"{len(unexpected)} are unexpected {unexpected[:3]}, {len(shapes)} have another shape {sorted(shapes)[:3]}."
+        )
+    load_lora_state(transformer, tensors, name)
+    transformer.requires_grad_(False)
+    return settings, record
+
+
+@torch.no_grad()
+def load_lora_state(transformer: nn.Module, tensors: dict[str, Tensor], name: str = ADAPTER) -> None:
+    """Copy tensors named as `lora_state` names them into an adapter that is there already."""
+    parameters = dict(transformer.named_parameters())
+    for key, value in tensors.items():
+        module, kind = key.rsplit(".lora_", 1)
+        letter, rest = kind.split(".", 1)
+        parameters[f"{module}.lora_{letter}.{name}.{rest}"].copy_(value)

@@ -1,0 +1,398 @@
+"""`ScaleDiTPipeline`: draft, refine, decode."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from scale_dit.decode import decode_tiled
+from scale_dit.errors import UserError
+from scale_dit.lora import ADAPTER, LoraSettings, check_record, load_lora
+from scale_dit.method import Method, Plan
+from scale_dit.models import load_family
+from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.settings import BaseSettings
+from scale_dit.sampling import add_noise, denoise, low_pass_guidance, make_scheduler, upsample_latents
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called after every step with the stage, the steps done and the steps in all."""
+
+
+@dataclass
+class StageCost:
+    """Wall-clock seconds and peak bytes on the device, by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Measure what happens inside."""
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        begin = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(device)
+            self.peak_bytes[name] = torch.cuda.max_memory_allocated(device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+@dataclass
+class ScaleDiTOutput(BaseOutput):
+    """What a call returns.
+
+    Attributes:
+        images: List of PIL pictures (`output_type="pil"`), `[B, H, W, 3]` array (`"np"`), `[B, 3, H, W]` tensor in
+            [0, 1] (`"pt"`), or latents `[B, C, h, w]` (`"latent"`).
+        draft_latents: The drafts' normalised latents `[B, C, h/s, w/s]`.
+        cost: Seconds and peak memory by stage.
+    """
+
+    images: Any
+    draft_latents: Tensor | None
+    cost: StageCost
+
+
+class ScaleDiTPipeline(DiffusionPipeline):
+    """Large pictures from a base that was trained at a smaller size (Scale-DiT, arXiv 2510.16325).
+
+    >>> pipeline = ScaleDiTPipeline.from_pretrained("assets/tiny-flux")  # doctest: +SKIP
+    >>> pipeline.load_lora_weights("assets/tiny-lora")  # doctest: +SKIP
+    >>> pipeline("a large red circle on sand", height=1024, width=1024).images[0]  # doctest: +SKIP
+
+    The components are those of the base's stock pipeline, unmodified.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _optional_components = ["text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        transformer: Any,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        self.method = Method()
+        self.decode_tile, self.decode_overlap = 128, 32
+        self.lora_settings: LoraSettings | None = None
+        self.lora_record: dict[str, Any] = {}
+        self.base: Flux1 = None  # type: ignore[assignment]
+        self.configure(BaseSettings(name=type(transformer).__name__))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, settings: BaseSettings | None = None, **options: Any) -> ScaleDiTPipeline:
+        """Load a base in diffusers' format.
+
+        Args:
+            path: Folder or hub id.
+            settings: The base's geometry; by default what stands in its folder, else FLUX.1's.
+            **options: As for every diffusers pipeline, such as `torch_dtype`.
+
+        Raises:
+            UserError: The weights cannot be had.
+        """
+        settings = settings or BaseSettings.of(str(path))
+        replace(settings, path=str(path)).check_weights()
+        pipeline = super().from_pretrained(str(path), **options)
+        pipeline.configure(settings)
+        return pipeline
+
+    @classmethod
+    def over(cls, base: Flux1, method: Method) -> ScaleDiTPipeline:
+        """A pipeline over a base that is loaded already, adapters included."""
+        names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "text_encoder_2", "tokenizer_2")
+        pipeline = cls(**{name: base.pipeline.components.get(name) for name in names})
+        pipeline.base, pipeline.method = base, method
+        return pipeline
+
+    def configure(self, settings: BaseSettings, backend: str = "auto") -> None:
+        """Set the base's geometry and the attention backend."""
+        self.base = load_family(settings).from_components(self.components, settings, backend)
+
+    @property
+    def settings(self) -> BaseSettings:
+        """The base's geometry."""
+        return self.base.settings
+
+    def load_lora_weights(self, path: str | Path) -> None:
+        """Load a Scale-DiT LoRA; it acts where its own scope says.
+
+        Raises:
+            UserError: It is missing, broken, foreign, or of another base.
+        """
+        from scale_dit.lora import read_lora
+
+        _, record = read_lora(path)
+        for difference in check_record(record, self.settings.name, self.method.summary):
+            log.warning("%s", difference)
+        self.unload_lora_weights()
+        self.lora_settings, self.lora_record = load_lora(self.transformer, path)
+        self.base.guidance_adapters = (ADAPTER,)
+        self.base.image_adapters = (ADAPTER,) if self.lora_settings.scope == "all" else ()
+
+    def unload_lora_weights(self) -> None:
+        """Remove the LoRA."""
+        if self.lora_settings is not None:
+            self.transformer.delete_adapters(ADAPTER)
+            self.base.guidance_adapters, self.base.image_adapters = (), ()
+            self.lora_settings, self.lora_record = None, {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        draft_steps: int | None = None,
+        guidance_scale: float | None = None,
+        draft_guidance_scale: float | None = None,
+        start: float = 1.0,
+        low_pass: float = 0.0,
+        scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        draft_latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
+        progress: Progress | None = None,
+        return_dict: bool = True,
+    ) -> ScaleDiTOutput | tuple:
+        """Make pictures.
+
+        Args:
+            prompt: One or several.
+            height, width: In px; by default `scale` times the base's native side.
+            negative_prompt: For classifier-free guidance; distilled bases take none.
+            num_inference_steps, draft_steps: Steps of the refinement and of the draft.
+            guidance_scale, draft_guidance_scale: Of the refinement and of the draft; the base's by default.
+            start: Noise level at which refinement starts: 1 is pure noise; below, from the upsampled, noised draft.
+            low_pass: Strength of the pull of low frequencies towards the draft; 0 is off.
+            scale: HR side / guidance side; by default what makes the draft as large as the base's native size.
+            num_images_per_prompt: Pictures of each prompt.
+            generator: One, or one a picture; noise is drawn on the generator's device.
+            draft_latents: Normalised latents to use instead of making a draft.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            callback_on_step_end: As in diffusers, during refinement.
+            progress: Called after each step of any stage.
+
+        Raises:
+            UserError: No prompt, or sizes and settings that cannot be; before anything is computed.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("the list of prompts is empty: give at least one prompt")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"unknown output_type {output_type!r}: use one of pil, np, pt, latent")
+        settings = self.settings
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        side = round(settings.native * (scale or self.method.scale))
+        height, width = height or side, width or side
+        scale = scale or max(1.0, (height * width) ** 0.5 / settings.native)
+        plan = replace(self.method, scale=scale).plan(settings, height, width)
+        draft_plan = self.draft_plan(height, width, scale)
+        steps = num_inference_steps or settings.steps
+        refine_scheduler = make_scheduler(steps, settings.shift, start, self._execution_device)
+        generators = _generators(generator, len(prompts))
+        cost = StageCost()
+
+        with cost.stage("text", self._execution_device):
+            text = self.base.encode_prompts(prompts)
+            negative = self.base.encode_prompts([negative_prompt] * len(prompts))
+        with cost.stage("draft", self._execution_device):
+            needs_draft = plan.layout.guidance is not None or start < 1 or low_pass > 0
+            if draft_latents is None and needs_draft:
+                draft_latents = self.draft(
+                    text, negative, draft_plan, draft_steps or settings.steps, draft_guidance_scale, generators, progress
+                )
+        with cost.stage("refine", self._execution_device):
+            latents = self.refine(
+                text, negative, plan, draft_latents, refine_scheduler, guidance_scale, generators,
+                start=start, low_pass=low_pass, callback=callback_on_step_end, progress=progress,
+            )  # fmt: skip
+        with cost.stage("decode", self._execution_device):
+            images = latents if output_type == "latent" else self.decode(latents)
+        if output_type in ("pil", "np"):
+            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        if not return_dict:
+            return images, draft_latents, cost
+        return ScaleDiTOutput(images, draft_latents, cost)
+
+    def draft_plan(self, height: int, width: int, scale: float) -> Plan:
+        """The plan of the draft under a picture: one window, nothing to read but text and itself."""
+        full = Method(scale=scale).plan(self.settings, height, width).layout.guidance
+        assert full is not None
+        token = self.settings.token_size
+        return Method(windowed=False, guidance=False, order="raster").plan(
+            self.settings, full.height * token, full.width * token
+        )
+
+    def draft(
+        self,
+        text: Text,
+        negative: Text,
+        plan: Plan,
+        steps: int,
+        guidance_scale: float | None,
+        generators: Sequence[torch.Generator],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Make the drafts.
+
+        Returns:
+            Normalised latents `[B, C, h, w]` float32.
+        """
+        scheduler = make_scheduler(steps, self.settings.shift, 1.0, self._execution_device)
+        noise = self._noise(plan, generators)
+        return self._sample(noise, scheduler, text, negative, plan, None, guidance_scale, "draft", progress)
+
+    def refine(
+        self,
+        text: Text,
+        negative: Text,
+        plan: Plan,
+        draft_latents: Tensor | None,
+        scheduler: Any,
+        guidance_scale: float | None,
+        generators: Sequence[torch.Generator],
+        *,
+        start: float = 1.0,
+        low_pass: float = 0.0,
+        callback: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Denoise the large picture, which reads the draft.
+
+        Returns:
+            Normalised latents `[B, C, h, w]` float32.
+        """
+        latents = self._noise(plan, generators)
+        upsampled = None
+        if draft_latents is not None and (start < 1 or low_pass > 0):
+            upsampled = upsample_latents(draft_latents, *latents.shape[-2:])
+            latents = add_noise(upsampled, latents, start)
+        keys_values = None
+        if plan.layout.guidance is not None:
+            assert draft_latents is not None
+            tokens = self.base.pack(self._guidance_latents(draft_latents, plan), plan.layout.guidance_order)
+            keys_values = self.base.guidance_pass(tokens, text.pooled, plan, self._scale(guidance_scale))
+        pull = (upsampled, low_pass) if upsampled is not None and low_pass > 0 else None
+        return self._sample(
+            latents, scheduler, text, negative, plan, keys_values, guidance_scale, "refine", progress, pull, callback
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` in [0, 1], one at a time, in tiles if they are large."""
+        pictures = [
+            decode_tiled(self.base.decode_latents, one[None], self.decode_tile, self.decode_overlap) for one in latents
+        ]
+        return torch.cat(pictures)
+
+    def _guidance_latents(self, draft_latents: Tensor, plan: Plan) -> Tensor:
+        """The draft at the size that the plan reads: as it is, or reduced as a picture and encoded again."""
+        guidance = plan.layout.guidance
+        assert guidance is not None
+        if tuple(draft_latents.shape[-2:]) == (2 * guidance.height, 2 * guidance.width):
+            return draft_latents
+        token = self.settings.token_size
+        size = (guidance.height * token, guidance.width * token)
+        pictures = torch.nn.functional.interpolate(
+            self.base.decode_latents(draft_latents), size=size, mode="bicubic", antialias=True
+        )
+        return self.base.encode_images(pictures.clamp(0, 1))
+
+    def _noise(self, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:
+        grid = plan.layout.image
+        shape = (1, self.base.latent_channels, 2 * grid.height, 2 * grid.width)
+        noise = [torch.randn(shape, generator=each, device=each.device) for each in generators]
+        return torch.cat([one.to(self._execution_device) for one in noise])
+
+    def _scale(self, guidance_scale: float | None) -> float:
+        return self.settings.guidance_scale if guidance_scale is None else guidance_scale
+
+    def _sample(
+        self,
+        latents: Tensor,
+        scheduler: Any,
+        text: Text,
+        negative: Text,
+        plan: Plan,
+        keys_values: Any,
+        guidance_scale: float | None,
+        stage: str,
+        progress: Progress | None,
+        pull: tuple[Tensor, float] | None = None,
+        callback: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
+    ) -> Tensor:
+        """The denoising loop of either stage, latents to latents; tokens are permuted once, at its two ends."""
+        base, guidance_scale, order = self.base, self._scale(guidance_scale), plan.layout.image_order
+        grid, steps = plan.layout.image, len(scheduler.timesteps)
+
+        def velocity(tokens: Tensor, sigma: float) -> Tensor:
+            moment = torch.full((len(tokens),), sigma, device=tokens.device)
+            prediction = base.image_pass(tokens, text, moment, plan, keys_values, guidance_scale).float()
+            if guidance_scale != 1 and not self.settings.distilled:
+                without = base.image_pass(tokens, negative, moment, plan, keys_values, guidance_scale).float()
+                prediction = without + guidance_scale * (prediction - without)
+            if pull is None:
+                return prediction
+            draft, strength = pull
+            spatial = [base.unpack(part, order, grid.height, grid.width) for part in (prediction, tokens)]
+            return base.pack(low_pass_guidance(*spatial, draft, sigma, strength, plan.method.scale), order)
+
+        def after_step(index: int, sigma: float, tokens: Tensor) -> None:
+            if progress is not None:
+                progress(stage, index + 1, steps)
+            if callback is not None:
+                callback(self, index, sigma, {"latents": tokens})
+
+        tokens = denoise(velocity, base.pack(latents, order), scheduler, after_step)
+        return base.unpack(tokens, order, grid.height, grid.width)
+
+
+def _generators(generator: Any, count: int) -> list[torch.Generator]:
+    """One generator a picture; a single one is shared, none is a fresh one with a random seed."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        return [generator] * count
+    if len(generator) != count:
+        raise UserError(f"{len(generator)} generators were given for {count} pictures: give one, or one a picture")
+    return list(generator)
