@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,11 +38,13 @@ class LoraSettings:
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank.
         scope: `guidance`: it acts on the guidance tokens alone (the paper); `all`: on the image pass too (ablation).
+        path: File or folder of a trained one, for evaluation and generation; training starts a fresh one.
     """
 
     rank: int = 16
     alpha: float = 16
     scope: str = "guidance"
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -155,6 +158,12 @@ def save_lora(
     safetensors.torch.save_file(tensors, partial, metadata)
     partial.replace(path)
     return path
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a LoRA file, or of the one in a folder, shortened."""
+    path = Path(path)
+    return hashlib.sha256((path / FILE_NAME if path.is_dir() else path).read_bytes()).hexdigest()[:12]
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

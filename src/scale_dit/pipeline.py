@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -229,6 +230,7 @@ class ScaleDiTPipeline(DiffusionPipeline):
         steps = num_inference_steps or settings.steps
         refine_scheduler = make_scheduler(steps, settings.shift, start, self._execution_device)
         generators = _generators(generator, len(prompts))
+        refine_generators = _derived(generators)
         cost = StageCost()
 
         with cost.stage("text", self._execution_device):
@@ -242,7 +244,7 @@ class ScaleDiTPipeline(DiffusionPipeline):
                 )
         with cost.stage("refine", self._execution_device):
             latents = self.refine(
-                text, negative, plan, draft_latents, refine_scheduler, guidance_scale, generators,
+                text, negative, plan, draft_latents, refine_scheduler, guidance_scale, refine_generators,
                 start=start, low_pass=low_pass, callback=callback_on_step_end, progress=progress,
             )  # fmt: skip
         with cost.stage("decode", self._execution_device):
@@ -253,6 +255,26 @@ class ScaleDiTPipeline(DiffusionPipeline):
         if not return_dict:
             return images, draft_latents, cost
         return ScaleDiTOutput(images, draft_latents, cost)
+
+    @torch.no_grad()
+    def make_drafts(
+        self,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
+        scale: float,
+        steps: int | None,
+        guidance_scale: float | None,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Tensor, StageCost]:
+        """The drafts that a call with these arguments would make, and what they cost."""
+        cost = StageCost()
+        with cost.stage("text", self._execution_device):
+            text, negative = (self.base.encode_prompts(texts) for texts in (prompts, [""] * len(prompts)))
+        with cost.stage("draft", self._execution_device):
+            plan = self.draft_plan(height, width, scale)
+            latents = self.draft(text, negative, plan, steps or self.settings.steps, guidance_scale, generators)
+        return latents, cost
 
     def draft_plan(self, height: int, width: int, scale: float) -> Plan:
         """The plan of the draft under a picture: one window, nothing to read but text and itself."""
@@ -384,6 +406,20 @@ class ScaleDiTPipeline(DiffusionPipeline):
 
         tokens = denoise(velocity, base.pack(latents, order), scheduler, after_step)
         return base.unpack(tokens, order, grid.height, grid.width)
+
+
+def _derived(generators: list[torch.Generator]) -> list[torch.Generator]:
+    """Generators for the refinement, seeded by the state of those for the draft.
+
+    So the draft is the picture that the stock pipeline makes from the same generator, and the refinement's noise is
+    the same whether a draft was made or given.
+    """
+    derived: dict[int, torch.Generator] = {}
+    for each in generators:
+        if id(each) not in derived:
+            seed = zlib.crc32(each.get_state().numpy().tobytes())
+            derived[id(each)] = torch.Generator(each.device).manual_seed(seed)
+    return [derived[id(each)] for each in generators]
 
 
 def _generators(generator: Any, count: int) -> list[torch.Generator]:

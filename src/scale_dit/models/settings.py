@@ -28,6 +28,7 @@ class BaseSettings:
         guidance_scale: Default guidance scale of drafts and refinement.
         distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
         steps: Default steps of the draft and of the refinement.
+        lora: The LoRA that evaluation and generation use unless they are told otherwise.
     """
 
     name: str
@@ -42,10 +43,11 @@ class BaseSettings:
     guidance_scale: float = 3.5
     distilled: bool = True
     steps: int = 28
+    lora: str | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write the settings beside a base's weights, so that a pipeline can be loaded from the folder alone."""
-        record = asdict(self) | {"path": ""}
+        record = asdict(self) | {"path": "", "lora": None}
         (Path(folder) / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod

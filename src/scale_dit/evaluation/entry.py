@@ -1,0 +1,64 @@
+"""From the config of `src/eval.py` to a finished report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from scale_dit.data.captions import caption
+from scale_dit.data.scene_batches import held_out_scenes
+from scale_dit.data.scenes import render
+from scale_dit.errors import UserError
+from scale_dit.evaluation.baselines import Setting, choose_arms, default_lora
+from scale_dit.evaluation.report import Results
+from scale_dit.evaluation.runner import evaluate
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.run_record import write_run_record
+
+
+def evaluate_config(cfg: DictConfig) -> Results:
+    """Evaluate the arms that `cfg` names on held-out scenes.
+
+    Raises:
+        UserError: Anything that cannot be, before weights are loaded.
+    """
+    if cfg.n < 1:
+        raise UserError(f"n is {cfg.n}, but at least one prompt is needed: set n=8")
+    base, method = hydra.utils.instantiate(cfg.base), hydra.utils.instantiate(cfg.method)
+    side = round(base.native * method.scale)
+    height, width = cfg.height or side, cfg.width or side
+    method.plan(base, height, width)
+    lora = default_lora(cfg.lora.path)
+    metrics = hydra.utils.instantiate(cfg.metrics, _convert_="all")
+    baselines = hydra.utils.instantiate(cfg.get("baselines") or {}, _convert_="all")
+    output = Path(cfg.paths.output_dir)
+    write_run_record(output, OmegaConf.to_container(cfg, resolve=True), cfg.seed)
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline = ScaleDiTPipeline.from_pretrained(
+        base.path, settings=base, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.configure(base, cfg.attention.name)
+    setting = Setting(
+        pipeline.to(device), method, lora, height, width, start=cfg.start, steps=cfg.steps,
+        draft_steps=cfg.draft_steps, guidance_scale=cfg.guidance_scale, draft_guidance_scale=cfg.draft_guidance_scale,
+    )  # fmt: skip
+    arms = choose_arms(baselines, setting, OmegaConf.to_container(cfg.only) if cfg.only else None)
+    scenes = held_out_scenes(cfg.n, aspect=width / height)
+    return evaluate(
+        arms,
+        [caption(scene, scene.seed) for scene in scenes],
+        [cfg.seed + index for index in range(cfg.n)],
+        metrics,
+        output,
+        scenes=scenes,
+        reference=lambda records, height, width: render(
+            [record.scene for record in records], height, width, device
+        ).cpu(),
+        baseline=cfg.compare_with if cfg.compare_with in arms else None,
+        batch_size=cfg.batch_size,
+        grid_rows=cfg.grid_rows,
+    )
