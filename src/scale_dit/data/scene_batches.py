@@ -39,10 +39,11 @@ class PackedScenes(Dataset):
 
 
 class ScenePictures(lightning.LightningDataModule):
-    """Pictures `image` `[B, 3, size, size]` in [0, 1], rendered on the training device, for the autoencoder.
+    """Pictures `image` `[B, 3, side, side]` in [0, 1], rendered on the training device, for the autoencoder.
 
     Args:
-        size: Side in px.
+        size: Side in px of training pictures: textures look alike at every scale, so small ones teach as much.
+        validation_size: Side in px of held-out pictures, the base's native side.
         batch_size: Pictures a step and device.
         validation: Number of held-out whole scenes.
         photos: Share of each batch that is random crops of the photographs that scikit-image ships.
@@ -50,10 +51,17 @@ class ScenePictures(lightning.LightningDataModule):
     """
 
     def __init__(
-        self, size: int = 256, batch_size: int = 64, validation: int = 256, photos: float = 0.125, workers: int = 4
+        self,
+        size: int = 128,
+        validation_size: int = 256,
+        batch_size: int = 64,
+        validation: int = 256,
+        photos: float = 0.125,
+        workers: int = 4,
     ):
         super().__init__()
-        self.size, self.batch_size, self.validation = size, batch_size, validation
+        self.size, self.validation_size = size, validation_size
+        self.batch_size, self.validation = batch_size, validation
         self.photo_share, self.workers = photos, workers
         self.photo_pictures: list[Tensor] = load_sample_photos() if photos else []
 
@@ -69,7 +77,8 @@ class ScenePictures(lightning.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, object], _: int) -> dict[str, object]:
         """Render, and put photograph crops in place of the last pictures while training."""
-        picture = render_packed(batch["packed"], self.size, self.size)
+        size = self.size if self.trainer.training else self.validation_size
+        picture = render_packed(batch["packed"], size, size)
         count = round(self.photo_share * len(picture)) if self.photo_pictures and self.trainer.training else 0
         if count:
             crops = torch.stack([self._photo_crop() for _ in range(count)])

@@ -49,6 +49,7 @@ class TinyVAEModule(lightning.LightningModule):
         learning_rate: Peak of a warm-up and cosine schedule over the trainer's steps.
         kl_weight: Keeps the latents near a unit Gaussian; small, the diffusion model normalises them anyway.
         spectrum_weight: Weight of `spectrum_loss`.
+        initial: Folder whose `vae/` is trained on; by default training starts afresh.
         export: Folder that gets `vae/` when training ends, with the measured `scaling_factor` and `shift_factor`.
     """
 
@@ -56,12 +57,15 @@ class TinyVAEModule(lightning.LightningModule):
         self,
         learning_rate: float = 1e-3,
         kl_weight: float = 1e-4,
-        spectrum_weight: float = 0.05,
+        spectrum_weight: float = 0.02,
+        initial: str | None = None,
         export: str | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
         self.vae = build_vae()
+        if initial:
+            self.vae.load_state_dict(AutoencoderKL.from_pretrained(initial, subfolder="vae").state_dict())
         self.latent_moments: list[Tensor] = []
 
     def on_fit_start(self) -> None:
@@ -108,7 +112,7 @@ class TinyVAEModule(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, object]:
         """AdamW with warm-up and cosine decay."""
         optimiser = torch.optim.AdamW(self.vae.parameters(), lr=self.hparams.learning_rate, betas=(0.9, 0.99))
-        return warmup_cosine(optimiser, self.trainer, warmup=200)
+        return warmup_cosine(optimiser, self.trainer, warmup=50)
 
 
 def export_vae(vae: AutoencoderKL, folder: str | Path) -> None:
