@@ -1,0 +1,16 @@
+"""From prompts to picture files."""
+
+from scale_dit.generation.pictures import Picture, Sampling, collect_pictures, collect_prompts
+from scale_dit.generation.prompts import Prompt, quote_text_options, read_prompts
+from scale_dit.generation.run import generate
+
+__all__ = [
+    "Picture",
+    "Prompt",
+    "Sampling",
+    "collect_pictures",
+    "collect_prompts",
+    "generate",
+    "quote_text_options",
+    "read_prompts",
+]

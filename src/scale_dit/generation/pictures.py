@@ -1,0 +1,155 @@
+"""What is to be made: prompts, seeds and sizes, and how they are sampled; checked before any weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from scale_dit.errors import UserError
+from scale_dit.generation.prompts import Prompt, read_prompts
+from scale_dit.method import Method
+from scale_dit.models.settings import BaseSettings
+from scale_dit.sampling import make_scheduler
+
+log = logging.getLogger(__name__)
+
+SMALLEST_TILE = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled; `None` is the base's own. See `ScaleDiTPipeline.__call__`.
+
+    Args:
+        steps, draft_steps: Of the refinement and of the draft.
+        guidance_scale, draft_guidance_scale: Of the refinement and of the draft.
+        start: Noise level at which refinement starts: 1 is pure noise, below it the upsampled and noised draft.
+        low_pass: Strength of the pull of low frequencies towards the draft; 0 is off.
+        scale: HR side / draft side; `None` makes the draft as large as the base's native size.
+        decode_tile: Side in px of the tiles in which larger pictures are decoded.
+    """
+
+    steps: int | None = None
+    draft_steps: int | None = None
+    guidance_scale: float | None = None
+    draft_guidance_scale: float | None = None
+    start: float = 1.0
+    low_pass: float = 0.0
+    scale: float | None = None
+    decode_tile: int = 1024
+
+    def check(self, base: BaseSettings) -> None:
+        """Refuse what sampling would refuse, before weights are loaded.
+
+        Raises:
+            UserError: Steps, a start or a tile that cannot be.
+        """
+        for steps, start in ((self.steps, self.start), (self.draft_steps, 1.0)):
+            make_scheduler(base.steps if steps is None else steps, base.shift, start, torch.device("cpu"))
+        if self.decode_tile < SMALLEST_TILE:
+            raise UserError(f"decode_tile is {self.decode_tile} px, but it must be at least {SMALLEST_TILE}: try 1024")
+
+    def scale_for(self, base: BaseSettings, height: int, width: int) -> float:
+        """HR side / draft side for a picture of `height` x `width` px."""
+        return max(1.0, (height * width) ** 0.5 / base.native) if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to make: everything about it that may differ from its neighbours; sizes in px."""
+
+    index: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+
+    @property
+    def file_name(self) -> str:
+        """Its file in the output folder."""
+        return f"{self.index:05d}_seed{self.seed}.png"
+
+
+def collect_prompts(prompt: str | Sequence[str] | None, prompts_file: str | Path | None) -> list[Prompt]:
+    """Prompts of the command line or of a file; lines of the file that cannot be used are named in warnings.
+
+    Raises:
+        UserError: Neither or both are given, or there is no prompt to use.
+    """
+    if prompt is not None and prompts_file is not None:
+        raise UserError("both prompt and prompts_file are given: leave one of them out")
+    if prompts_file is not None:
+        found = read_prompts(prompts_file)
+        for line in found.broken:
+            log.warning("left out: %s", line)
+        if found.unknown_fields:
+            log.warning("%s: nothing reads %s", prompts_file, ", ".join(found.unknown_fields))
+        return found.prompts
+    texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError("the list of prompts is empty or holds an empty one: give prompt='...' or prompts_file=...")
+    return [Prompt(text) for text in texts]
+
+
+def collect_pictures(
+    prompts: Sequence[Prompt],
+    base: BaseSettings,
+    method: Method,
+    sampling: Sampling,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str = "",
+) -> list[Picture]:
+    """Every picture to make; a line of a file whose size cannot be is left out with a warning.
+
+    Args:
+        n: Pictures of each prompt, with consecutive seeds.
+        seed, height, width, negative_prompt: For prompts that say nothing of their own. Sizes in px; `None` is `scale`
+            (or the method's) times the base's native side.
+
+    Raises:
+        UserError: `n`, or a size given for all, cannot be; or nothing is left to make.
+    """
+    if n < 1:
+        raise UserError(f"n is {n}, but every prompt needs at least one picture: set n=1 or more")
+    if seed < 0:
+        raise UserError(f"seed is {seed}, but it cannot be negative")
+    side = round(base.native * (sampling.scale or method.scale))
+    pictures: list[Picture] = []
+    for prompt in prompts:
+        size = (
+            next(given for given in (prompt.height, height, side) if given is not None),
+            next(given for given in (prompt.width, width, side) if given is not None),
+        )
+        try:
+            check_size(base, method, sampling, *size)
+        except UserError as error:
+            if prompt.height is None and prompt.width is None:
+                raise
+            log.warning("left out: %s: %s", prompt.source, error)
+            continue
+        negative = negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+        first = seed if prompt.seed is None else prompt.seed
+        pictures += [Picture(len(pictures) + i, prompt.text, negative, first + i, *size) for i in range(n)]
+    if not pictures:
+        raise UserError("no line of the prompt file has a size that this base can make: the warnings above name them")
+    return pictures
+
+
+def check_size(base: BaseSettings, method: Method, sampling: Sampling, height: int, width: int) -> None:
+    """Refuse what the method cannot make on the base.
+
+    Raises:
+        UserError: A size, scale or window that cannot be, with what can.
+    """
+    plan = replace(method, scale=sampling.scale_for(base, height, width)).plan(base, height, width)
+    # Shifted windows are checked when the layouts of odd blocks are made.
+    plan.layouts  # noqa: B018

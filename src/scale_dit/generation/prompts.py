@@ -1,0 +1,232 @@
+"""Prompts: from the command line, whatever their text, and from files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scale_dit.errors import UserError
+
+TEXT_OPTIONS = ("prompt", "negative_prompt", "prompts_file")
+"""Options whose value is any text, not Hydra's override grammar."""
+
+FILE_KINDS = (".txt", ".jsonl", ".csv")
+LARGEST_SEED = 2**63 - 1
+
+# What a list of finished pictures holds beside the prompt, so that it can be given as a prompt file again.
+IGNORED_FIELDS = ("file", "seconds")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what its line of a file says about it; `None`: as for all the others.
+
+    Args:
+        text: The prompt.
+        seed: Its first seed.
+        height, width: In px.
+        negative_prompt: For classifier-free guidance.
+        source: Where it stands, for messages, such as `prompts.csv, line 3`.
+    """
+
+    text: str
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+    source: str = "the command line"
+
+
+@dataclass
+class PromptFile:
+    """What a file holds: its prompts, and what is wrong with the lines that were left out."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    unknown_fields: list[str] = field(default_factory=list)
+
+
+def quote_text_options(arguments: Sequence[str], options: Sequence[str] = TEXT_OPTIONS) -> list[str]:
+    """Command-line arguments in which the value of every text option is quoted for Hydra.
+
+    Hydra's grammar gives commas, quotes, equal signs, brackets, parentheses and `${` a meaning of their own. Here
+    `prompt=<text>` means that text, to the letter. An option that is given several times makes a list, and so does a
+    JSON list of strings.
+
+    >>> quote_text_options(["base=tiny", "prompt=a (red) circle, a=b"])
+    ['base=tiny', "prompt='a (red) circle, a=b'"]
+    """
+    pattern = re.compile(rf"(?P<name>\+{{0,2}}(?:{'|'.join(map(re.escape, options))}))=(?P<text>.*)", re.DOTALL)
+    quoted: list[str] = []
+    texts: dict[str, list[str]] = {}
+    places: dict[str, int] = {}
+    for argument in arguments:
+        match = pattern.fullmatch(argument)
+        if match is None:
+            quoted.append(argument)
+            continue
+        name = match["name"]
+        texts.setdefault(name, []).extend(_string_list(match["text"]) or [match["text"]])
+        places.setdefault(name, len(quoted))
+        if places[name] == len(quoted):
+            quoted.append("")
+        several = len(texts[name]) > 1 or _string_list(match["text"]) is not None
+        items = ",".join(map(_quote, texts[name]))
+        quoted[places[name]] = f"{name}=[{items}]" if several else f"{name}={items}"
+    return quoted
+
+
+def _string_list(text: str) -> list[str] | None:
+    """A JSON list of strings, or `None` if the text is anything else."""
+    if not text.startswith("["):
+        return None
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return None
+    return items if items and all(isinstance(item, str) for item in items) else None
+
+
+def _quote(text: str) -> str:
+    """A quoted string of Hydra's grammar that comes out of OmegaConf as `text`."""
+    # OmegaConf unescapes backslashes before an interpolation, Hydra those before a quotation mark or the end.
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
+    text = re.sub(r"(\\+)\Z", lambda match: match[1] * 2, text)
+    return f"'{text}'"
+
+
+def read_prompts(path: str | Path) -> PromptFile:
+    """Read a file of prompts: `.txt` (one a line), `.jsonl` (strings or objects) or `.csv` (with a header).
+
+    Objects and columns: `prompt`, and optionally `seed`, `height`, `width`, `negative_prompt`. A line that cannot be
+    used is named in `broken`, and the rest is read.
+
+    Raises:
+        UserError: The file cannot be read, is of another kind, or holds no prompt that can be used.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FILE_KINDS:
+        raise UserError(f"prompt file {path} is none of {', '.join(FILE_KINDS)}: rename it or convert it")
+    try:
+        # Bytes that are no UTF-8 become lone surrogates, so that only their own line is lost.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from error
+    reader = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}[path.suffix.lower()]
+    found = PromptFile()
+    for line, entry in reader(path, text):
+        source = f"{path.name}, line {line}"
+        try:
+            found.prompts.append(_prompt(entry, source))
+        except UserError as error:
+            found.broken.append(f"{source}: {error}")
+        if isinstance(entry, Mapping):
+            known = ("prompt", "seed", "height", "width", "negative_prompt", *IGNORED_FIELDS)
+            found.unknown_fields += [key for key in entry if key not in (*known, *found.unknown_fields)]
+    if not found.prompts:
+        what = f"no line of it can be used: {'; '.join(found.broken[:3])}" if found.broken else "it is empty"
+        raise UserError(f"prompt file {path} holds no prompt: {what}")
+    return found
+
+
+Entry = Mapping[str, Any] | str | UserError
+
+
+def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            entry = UserError(f"no JSON ({error})")
+        if not isinstance(entry, Mapping | str | UserError):
+            entry = UserError("neither a string nor an object with a prompt")
+        yield number, entry
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        columns = [column.strip() for column in reader.fieldnames or []]
+    except csv.Error as error:
+        raise UserError(f"the first line of prompt file {path} cannot be read: {error}") from error
+    if "prompt" not in columns:
+        raise UserError(
+            f"prompt file {path} has no column 'prompt': its first line must name the columns, such as "
+            f"prompt,seed,height,width,negative_prompt; it names {', '.join(columns) or 'none'}"
+        )
+    reader.fieldnames = columns
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, UserError(f"no CSV ({error}): is a quotation mark not closed?")
+            continue
+        if None in row:
+            yield line, UserError("more fields than columns: put a prompt that holds a comma into quotation marks")
+        else:
+            yield line, {key: value for key, value in row.items() if value not in (None, "") or key == "prompt"}
+
+
+def _prompt(entry: Entry, source: str) -> Prompt:
+    """A line's prompt.
+
+    Raises:
+        UserError: What is wrong with it.
+    """
+    if isinstance(entry, UserError):
+        raise entry
+    if isinstance(entry, str):
+        return Prompt(_text(entry, "prompt"), source=source)
+    if "prompt" not in entry:
+        raise UserError("no 'prompt'")
+    negative = entry.get("negative_prompt")
+    return Prompt(
+        _text(entry["prompt"], "prompt"),
+        seed=_whole_number(entry.get("seed"), "seed", LARGEST_SEED),
+        height=_whole_number(entry.get("height"), "height"),
+        width=_whole_number(entry.get("width"), "width"),
+        negative_prompt=None if negative is None else _text(negative, "negative_prompt", empty=True),
+        source=source,
+    )
+
+
+def _text(value: Any, name: str, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {value!r}, which is no text")
+    if not empty and not value.strip():
+        raise UserError(f"{name} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{name} is not UTF-8")
+    return value
+
+
+def _whole_number(value: Any, name: str, highest: int = 10**6) -> int | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool) or float(value) != int(value):
+            raise ValueError
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} is {value!r}, which is no whole number") from None
+    if not 0 <= number <= highest:
+        raise UserError(f"{name} is {number}, but it must be from 0 to {highest}")
+    return number

@@ -1,0 +1,181 @@
+"""Making pictures: load the base once, then draft, refine, decode and write one after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from scale_dit.data.cache_store import weights_fingerprint
+from scale_dit.errors import UserError
+from scale_dit.generation.folder import OutputFolder
+from scale_dit.generation.pictures import Picture, Sampling
+from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
+from scale_dit.lora import check_record, file_digest, read_lora
+from scale_dit.method import Method
+from scale_dit.models.settings import BaseSettings
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.run_record import write_run_record
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and dtype by name; `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
+
+    Raises:
+        UserError: Unknown, or not on this machine.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"unknown dtype {dtype!r}: use one of auto, {', '.join(DTYPES)}")
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} is not to be had here ({reason}): use device=auto or device=cpu") from error
+    default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return chosen, DTYPES.get(dtype, default)
+
+
+def generate(
+    pictures: Sequence[Picture],
+    base: BaseSettings,
+    method: Method,
+    sampling: Sampling,
+    output: str | Path,
+    *,
+    lora: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    config: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Make pictures and write them as PNG files whose text metadata says what they were made with.
+
+    Pictures of an interrupted run with the same settings are not made again.
+
+    Args:
+        lora: File or folder of the base's LoRA; `None`: none.
+        output: Folder of the pictures.
+        overwrite: Remove the pictures of an earlier run from it.
+        config: The resolved config, left in `run.json` beside the pictures.
+
+    Returns:
+        The files, in the order of `pictures`.
+
+    Raises:
+        UserError: Settings, a LoRA, a device or a folder that cannot be, before weights are loaded; a full disk.
+    """
+    console = console or Console()
+    sampling.check(base)
+    place, kind = choose_device(device, dtype)
+    settings: dict[str, Any] = {"base": asdict(base), "method": asdict(method), "sampling": asdict(sampling)}
+    settings |= {"dtype": str(kind), "weights": _weights_digest(base), "lora": _lora_digest(lora, base)}
+    folder = OutputFolder(Path(output), settings)
+    pending = folder.pending(pictures, overwrite)
+    write_run_record(folder.path, config or settings, pictures[0].seed)
+    if len(pending) < len(pictures):
+        console.print(f"{len(pictures) - len(pending)} of {len(pictures)} pictures are there already")
+    if pending:
+        pipeline = _load(base, method, sampling, lora, backend, place, kind)
+        work = [_work(pipeline, picture, sampling) for picture in pending]
+        with _resumable(folder, console), GenerationProgress(work, console) as progress:
+            for picture in pending:
+                _make(pipeline, picture, sampling, folder, progress)
+    folder.finish(pictures)
+    return [folder.path / picture.file_name for picture in pictures]
+
+
+@contextmanager
+def _resumable(folder: OutputFolder, console: Console) -> Iterator[None]:
+    """Say how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command with output={folder.path} goes on where it stopped", markup=False)
+        raise
+
+
+def _weights_digest(base: BaseSettings) -> str | None:
+    return weights_fingerprint(base.path, WEIGHTS) if Path(base.path).is_dir() else None
+
+
+def _lora_digest(path: str | Path | None, base: BaseSettings) -> str | None:
+    """The digest of a LoRA, after it was seen to be one of this base's."""
+    if path is None:
+        return None
+    _, record = read_lora(path)
+    check_record(record, base.name, {})
+    return file_digest(path)
+
+
+def _load(
+    base: BaseSettings,
+    method: Method,
+    sampling: Sampling,
+    lora: str | Path | None,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ScaleDiTPipeline:
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=dtype)
+    pipeline.configure(base, backend)
+    pipeline.method = method
+    pipeline.decode_tile, pipeline.decode_overlap = sampling.decode_tile // 8, sampling.decode_tile // 32
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    return pipeline.to(device)
+
+
+def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling) -> dict[str, float]:
+    """Tokens times steps of each stage of one picture."""
+    settings, size = pipeline.settings, (picture.height, picture.width)
+    scale = sampling.scale_for(settings, *size)
+    layout = replace(pipeline.method, scale=scale).plan(settings, *size).layout
+    refine_step = layout.text + layout.image.tokens
+    work = {"refine": (sampling.steps or settings.steps) * refine_step, "decode": DECODE_STEPS * refine_step}
+    if layout.guidance is None and sampling.start == 1 and sampling.low_pass == 0:
+        return work
+    draft = pipeline.draft_plan(*size, scale).layout
+    return {"draft": (sampling.draft_steps or settings.steps) * (draft.text + draft.image.tokens), **work}
+
+
+def _make(
+    pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling, folder: OutputFolder, progress: GenerationProgress
+) -> None:
+    progress.begin()
+    result: Any = pipeline(
+        picture.prompt,
+        picture.height,
+        picture.width,
+        negative_prompt=picture.negative_prompt,
+        num_inference_steps=sampling.steps,
+        draft_steps=sampling.draft_steps,
+        guidance_scale=sampling.guidance_scale,
+        draft_guidance_scale=sampling.draft_guidance_scale,
+        start=sampling.start,
+        low_pass=sampling.low_pass,
+        scale=sampling.scale_for(pipeline.settings, picture.height, picture.width),
+        generator=torch.Generator().manual_seed(picture.seed),
+        output_type="pt",
+        progress=progress.step,
+    )
+    cost: Mapping[str, Any] = {"seconds": result.cost.seconds, "peak_bytes": result.cost.peak_bytes}
+    folder.keep(picture, result.images[0], cost)
+    progress.end()
