@@ -29,7 +29,7 @@ def decode_tiled(
         `[B, 3, factor*h, factor*w]` float32 on the CPU.
 
     Raises:
-        UserError: An overlap that is negative or not smaller than half the tile.
+        UserError: An overlap that is negative or more than half the tile.
     """
     if tile < 1 or not 0 <= overlap <= tile // 2:
         raise UserError(

@@ -27,7 +27,7 @@ class ScaleDiTModule(lightning.LightningModule):
 
     A batch holds `latents` `[B, C, h, w]`, `guidance_latents` `[B, C, h/s, w/s]` and `text` (`tokens`, `pooled`), as
     `scale_dit.data.encoding.encode_batch` makes them. Noise, noise levels and caption dropout of a step depend on
-    the seed, the step and the rank only, so a resumed run repeats an uninterrupted one.
+    the seed, the epoch, the batch's index in it and the rank only, so a resumed run repeats an uninterrupted one.
 
     Args:
         base: The base's geometry and where its weights are.
@@ -123,7 +123,9 @@ class ScaleDiTModule(lightning.LightningModule):
         return self.base_settings.token_size // 2
 
     def _step_seed(self, batch_index: int) -> int:
-        return (self.hparams.seed * 1_000_003 + batch_index) * 4096 + self.global_rank
+        # Not the optimiser step, which the batches of an accumulated step share.
+        place = self.current_epoch * 1_000_003 + batch_index
+        return (self.hparams.seed * 1_000_000_007 + place) * 4096 + self.global_rank & 2**63 - 1
 
     def _drop_captions(self, text: Text, generator: torch.Generator) -> Text:
         drop = torch.rand(len(text.pooled), 1, generator=generator, device=self.device) < self.hparams.caption_dropout

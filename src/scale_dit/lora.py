@@ -28,6 +28,7 @@ SCOPES = ("guidance", "all")
 # What diffusers' own `save_lora_weights` calls the adapter's config in a file's metadata.
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 OWN_RECORD = "scale_dit"
+RECORD_KEYS = ("base", "rank", "alpha", "lora_scope")
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ def add_lora(transformer: nn.Module, settings: LoraSettings, name: str = ADAPTER
 
 
 def _peft_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
-    return LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, init_lora_weights="gaussian", target_modules=targets
-    )
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, init_lora_weights="gaussian", target_modules=targets)
 
 
 def _check_count(transformer: nn.Module, name: str, expected: int) -> None:
@@ -120,6 +119,13 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+def remove_lora(transformer: nn.Module, name: str = ADAPTER) -> None:
+    """Take the LoRA off; if it was the only adapter, the transformer's modules and names are the stock ones again."""
+    transformer.delete_adapters(name)
+    if not getattr(transformer, "peft_config", None):
+        transformer.unload_lora()
 
 
 def lora_state(transformer: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
@@ -150,7 +156,9 @@ def save_lora(
     config["target_modules"] = sorted(config["target_modules"])
     metadata = {
         "format": "pt",
-        DIFFUSERS_CONFIG: json.dumps({PREFIX + key: value for key, value in config.items()}, default=str, sort_keys=True),
+        DIFFUSERS_CONFIG: json.dumps(
+            {PREFIX + key: value for key, value in config.items()}, default=str, sort_keys=True
+        ),
         OWN_RECORD: json.dumps(record | {"rank": settings.rank, "alpha": settings.alpha, "lora_scope": settings.scope}),
     }
     path = folder / FILE_NAME
@@ -175,13 +183,17 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"LoRA file {path} does not exist; give a file or folder written by src/train.py (lora.path=...).")
+        raise UserError(
+            f"LoRA file {path} does not exist; give a file or folder written by src/train.py (lora.path=...)."
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"LoRA file {path} cannot be read ({error}): it is truncated or no safetensors file.") from error
+        raise UserError(
+            f"LoRA file {path} cannot be read ({error}): it is truncated or no safetensors file."
+        ) from error
     foreign = [key for key in tensors if not key.startswith(PREFIX) or ".lora_" not in key]
     if foreign or not tensors:
         raise UserError(
@@ -193,14 +205,18 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"LoRA file {path} was not written by Scale-DiT training (no '{OWN_RECORD}' record in its metadata), so "
             f"it cannot be known to which base and scale it belongs. Train one with src/train.py."
         )
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}, json.loads(metadata[OWN_RECORD])
+    record = json.loads(metadata[OWN_RECORD])
+    if lacking := [key for key in RECORD_KEYS if key not in record]:
+        raise UserError(f"LoRA file {path} does not say its {', '.join(lacking)}: train it anew with src/train.py.")
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}, record
 
 
 def check_record(record: dict[str, Any], base: str, method: dict[str, object]) -> list[str]:
     """Compare what a LoRA was trained for with what it is asked for.
 
     Returns:
-        Differences in the method (a scale or window it was not trained for), as sentences: allowed, but worth a warning.
+        Differences in the method (a scale or window it was not trained for), as sentences: allowed, but worth
+        a warning.
 
     Raises:
         UserError: It belongs to another base.
@@ -227,7 +243,7 @@ def load_lora(transformer: nn.Module, path: str | Path, name: str = ADAPTER) -> 
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
     if missing or unexpected or shapes:
-        transformer.delete_adapters(name)
+        remove_lora(transformer, name)
         raise UserError(
             f"LoRA file {path} does not fit this base: {len(missing)} keys are missing {missing[:3]}, "
             f"{len(unexpected)} are unexpected {unexpected[:3]}, {len(shapes)} have another shape {sorted(shapes)[:3]}."

@@ -46,6 +46,10 @@ class Method:
     anchors: str = "scaled"
     ntk: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.ntk > 0:
+            raise UserError(f"The NTK factor is {self.ntk}, but it must be positive: method.ntk=1 changes nothing.")
+
     def plan(self, base: BaseSettings, height: int, width: int) -> Plan:
         """What the method comes to for a picture of `height` x `width` px on `base`.
 
@@ -64,7 +68,9 @@ class Method:
             scope=self.scope,
             order=self.order,
         )
-        return Plan(self, layout, anchor_positions.image_ids(layout), anchor_positions.guidance_ids(layout, self.anchors))
+        return Plan(
+            self, layout, anchor_positions.image_ids(layout), anchor_positions.guidance_ids(layout, self.anchors)
+        )
 
     @property
     def summary(self) -> dict[str, object]:
@@ -88,6 +94,12 @@ class Plan:
     image_ids: Tensor
     guidance_ids: Tensor
 
+    def __post_init__(self) -> None:
+        # Now and not in the middle of sampling: these refuse windows that cannot be shifted and an unknown reach.
+        _ = self.layouts
+        if self.layout.guidance is not None:
+            _ = self.guidance_layout
+
     @cached_property
     def layouts(self) -> tuple[Layout, Layout]:
         """The layouts of even and of odd blocks."""
@@ -97,7 +109,8 @@ class Plan:
         if half % self.layout.image.cell:
             raise UserError(
                 f"Windows of {self.layout.window} tokens cannot be shifted by half: half a window must be a multiple "
-                f"of the cell ({self.layout.image.cell}); use window.size={2 * self.layout.window} or window.shift=false."
+                f"of the cell ({self.layout.image.cell}); use window.size={2 * self.layout.window} or "
+                f"window.shift=false."
             )
         return self.layout, replace(self.layout, shift=half)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from scale_dit.decode import decode_tiled
 from scale_dit.errors import UserError
-from scale_dit.lora import ADAPTER, LoraSettings, check_record, load_lora
+from scale_dit.grid import Grid, guidance_grid
+from scale_dit.lora import ADAPTER, LoraSettings, check_record, load_lora, read_lora, remove_lora
 from scale_dit.method import Method, Plan
 from scale_dit.models import load_family
 from scale_dit.models.flux1 import Flux1, Text
@@ -26,6 +27,9 @@ from scale_dit.models.settings import BaseSettings
 from scale_dit.sampling import add_noise, denoise, low_pass_guidance, make_scheduler, upsample_latents
 
 log = logging.getLogger(__name__)
+
+StepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], Any]
+"""diffusers' `callback_on_step_end`."""
 
 Progress = Callable[[str, int, int], None]
 """Called after every step with the stage, the steps done and the steps in all."""
@@ -110,11 +114,14 @@ class ScaleDiTPipeline(DiffusionPipeline):
         self.decode_tile, self.decode_overlap = 128, 32
         self.lora_settings: LoraSettings | None = None
         self.lora_record: dict[str, Any] = {}
+        self.lora_path: str | None = None
         self.base: Flux1 = None  # type: ignore[assignment]
         self.configure(BaseSettings(name=type(transformer).__name__))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, settings: BaseSettings | None = None, **options: Any) -> ScaleDiTPipeline:
+    def from_pretrained(
+        cls, path: str | Path, settings: BaseSettings | None = None, **options: Any
+    ) -> ScaleDiTPipeline:
         """Load a base in diffusers' format.
 
         Args:
@@ -154,22 +161,21 @@ class ScaleDiTPipeline(DiffusionPipeline):
         Raises:
             UserError: It is missing, broken, foreign, or of another base.
         """
-        from scale_dit.lora import read_lora
-
         _, record = read_lora(path)
         for difference in check_record(record, self.settings.name, self.method.summary):
             log.warning("%s", difference)
         self.unload_lora_weights()
         self.lora_settings, self.lora_record = load_lora(self.transformer, path)
+        self.lora_path = str(path)
         self.base.guidance_adapters = (ADAPTER,)
         self.base.image_adapters = (ADAPTER,) if self.lora_settings.scope == "all" else ()
 
     def unload_lora_weights(self) -> None:
         """Remove the LoRA."""
         if self.lora_settings is not None:
-            self.transformer.delete_adapters(ADAPTER)
+            remove_lora(self.transformer)
             self.base.guidance_adapters, self.base.image_adapters = (), ()
-            self.lora_settings, self.lora_record = None, {}
+            self.lora_settings, self.lora_record, self.lora_path = None, {}, None
 
     @torch.no_grad()
     def __call__(
@@ -190,7 +196,7 @@ class ScaleDiTPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         draft_latents: Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
+        callback_on_step_end: StepEnd | None = None,
         progress: Progress | None = None,
         return_dict: bool = True,
     ) -> ScaleDiTOutput | tuple:
@@ -207,9 +213,10 @@ class ScaleDiTPipeline(DiffusionPipeline):
             scale: HR side / guidance side; by default what makes the draft as large as the base's native size.
             num_images_per_prompt: Pictures of each prompt.
             generator: One, or one a picture; noise is drawn on the generator's device.
-            draft_latents: Normalised latents to use instead of making a draft.
+            draft_latents: Normalised latents `[B, C, h, w]`, one a picture, to use instead of making drafts.
             output_type: `pil`, `np`, `pt` or `latent`.
-            callback_on_step_end: As in diffusers, during refinement.
+            callback_on_step_end: As in diffusers, during refinement: called with the pipeline, the step, its timestep
+                and `{"latents": [B, C, h, w]}`; may return other latents under the same name.
             progress: Called after each step of any stage.
 
         Raises:
@@ -220,27 +227,30 @@ class ScaleDiTPipeline(DiffusionPipeline):
             raise UserError("the list of prompts is empty: give at least one prompt")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UserError(f"unknown output_type {output_type!r}: use one of pil, np, pt, latent")
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}, but it must be at least 1")
         settings = self.settings
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        side = round(settings.native * (scale or self.method.scale))
-        height, width = height or side, width or side
-        scale = scale or max(1.0, (height * width) ** 0.5 / settings.native)
+        side = round(settings.native * (self.method.scale if scale is None else scale))
+        height, width = (side if given is None else given for given in (height, width))
+        scale = max(1.0, (height * width) ** 0.5 / settings.native) if scale is None else scale
         plan = replace(self.method, scale=scale).plan(settings, height, width)
         draft_plan = self.draft_plan(height, width, scale)
-        steps = num_inference_steps or settings.steps
-        refine_scheduler = make_scheduler(steps, settings.shift, start, self._execution_device)
+        draft_scheduler, refine_scheduler = self._scheduler(draft_steps), self._scheduler(num_inference_steps, start)
+        if draft_latents is not None:
+            draft_latents = self._checked_drafts(draft_latents, len(prompts))
         generators = _generators(generator, len(prompts))
         refine_generators = _derived(generators)
         cost = StageCost()
 
         with cost.stage("text", self._execution_device):
             text = self.base.encode_prompts(prompts)
-            negative = self.base.encode_prompts([negative_prompt] * len(prompts))
+            negative = self._encode_negative(negative_prompt, len(prompts), guidance_scale, draft_guidance_scale)
         with cost.stage("draft", self._execution_device):
             needs_draft = plan.layout.guidance is not None or start < 1 or low_pass > 0
             if draft_latents is None and needs_draft:
                 draft_latents = self.draft(
-                    text, negative, draft_plan, draft_steps or settings.steps, draft_guidance_scale, generators, progress
+                    text, negative, draft_plan, draft_scheduler, draft_guidance_scale, generators, progress
                 )
         with cost.stage("refine", self._execution_device):
             latents = self.refine(
@@ -252,6 +262,7 @@ class ScaleDiTPipeline(DiffusionPipeline):
         if output_type in ("pil", "np"):
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
             images = self.numpy_to_pil(images) if output_type == "pil" else images
+        self.maybe_free_model_hooks()
         if not return_dict:
             return images, draft_latents, cost
         return ScaleDiTOutput(images, draft_latents, cost)
@@ -270,17 +281,17 @@ class ScaleDiTPipeline(DiffusionPipeline):
         """The drafts that a call with these arguments would make, and what they cost."""
         cost = StageCost()
         with cost.stage("text", self._execution_device):
-            text, negative = (self.base.encode_prompts(texts) for texts in (prompts, [""] * len(prompts)))
+            text = self.base.encode_prompts(prompts)
+            negative = self._encode_negative("", len(prompts), guidance_scale)
         with cost.stage("draft", self._execution_device):
             plan = self.draft_plan(height, width, scale)
-            latents = self.draft(text, negative, plan, steps or self.settings.steps, guidance_scale, generators)
+            latents = self.draft(text, negative, plan, self._scheduler(steps), guidance_scale, generators)
         return latents, cost
 
     def draft_plan(self, height: int, width: int, scale: float) -> Plan:
         """The plan of the draft under a picture: one window, nothing to read but text and itself."""
-        full = Method(scale=scale).plan(self.settings, height, width).layout.guidance
-        assert full is not None
         token = self.settings.token_size
+        full = guidance_grid(Grid.from_pixels(height, width, token, self.settings.cell), scale)
         return Method(windowed=False, guidance=False, order="raster").plan(
             self.settings, full.height * token, full.width * token
         )
@@ -288,9 +299,9 @@ class ScaleDiTPipeline(DiffusionPipeline):
     def draft(
         self,
         text: Text,
-        negative: Text,
+        negative: Text | None,
         plan: Plan,
-        steps: int,
+        scheduler: Any,
         guidance_scale: float | None,
         generators: Sequence[torch.Generator],
         progress: Progress | None = None,
@@ -300,14 +311,13 @@ class ScaleDiTPipeline(DiffusionPipeline):
         Returns:
             Normalised latents `[B, C, h, w]` float32.
         """
-        scheduler = make_scheduler(steps, self.settings.shift, 1.0, self._execution_device)
         noise = self._noise(plan, generators)
         return self._sample(noise, scheduler, text, negative, plan, None, guidance_scale, "draft", progress)
 
     def refine(
         self,
         text: Text,
-        negative: Text,
+        negative: Text | None,
         plan: Plan,
         draft_latents: Tensor | None,
         scheduler: Any,
@@ -316,7 +326,7 @@ class ScaleDiTPipeline(DiffusionPipeline):
         *,
         start: float = 1.0,
         low_pass: float = 0.0,
-        callback: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
+        callback: StepEnd | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Denoise the large picture, which reads the draft.
@@ -368,19 +378,37 @@ class ScaleDiTPipeline(DiffusionPipeline):
     def _scale(self, guidance_scale: float | None) -> float:
         return self.settings.guidance_scale if guidance_scale is None else guidance_scale
 
+    def _scheduler(self, steps: int | None, start: float = 1.0) -> Any:
+        steps = self.settings.steps if steps is None else steps
+        return make_scheduler(steps, self.settings.shift, start, self._execution_device)
+
+    def _encode_negative(self, prompt: str, count: int, *guidance_scales: float | None) -> Text | None:
+        """The text of the second branch of classifier-free guidance, if any stage evaluates it."""
+        if self.settings.distilled or all(self._scale(each) == 1 for each in guidance_scales):
+            return None
+        return self.base.encode_prompts([prompt] * count)
+
+    def _checked_drafts(self, draft_latents: Tensor, count: int) -> Tensor:
+        shape, channels = tuple(draft_latents.shape), self.base.latent_channels
+        if len(shape) != 4 or shape[:2] != (count, channels):
+            raise UserError(
+                f"draft_latents have the shape {list(shape)}, but {count} pictures need [{count}, {channels}, h, w]"
+            )
+        return draft_latents.to(self._execution_device, torch.float32)
+
     def _sample(
         self,
         latents: Tensor,
         scheduler: Any,
         text: Text,
-        negative: Text,
+        negative: Text | None,
         plan: Plan,
         keys_values: Any,
         guidance_scale: float | None,
         stage: str,
         progress: Progress | None,
         pull: tuple[Tensor, float] | None = None,
-        callback: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
+        callback: StepEnd | None = None,
     ) -> Tensor:
         """The denoising loop of either stage, latents to latents; tokens are permuted once, at its two ends."""
         base, guidance_scale, order = self.base, self._scale(guidance_scale), plan.layout.image_order
@@ -389,7 +417,7 @@ class ScaleDiTPipeline(DiffusionPipeline):
         def velocity(tokens: Tensor, sigma: float) -> Tensor:
             moment = torch.full((len(tokens),), sigma, device=tokens.device)
             prediction = base.image_pass(tokens, text, moment, plan, keys_values, guidance_scale).float()
-            if guidance_scale != 1 and not self.settings.distilled:
+            if negative is not None and guidance_scale != 1:
                 without = base.image_pass(tokens, negative, moment, plan, keys_values, guidance_scale).float()
                 prediction = without + guidance_scale * (prediction - without)
             if pull is None:
@@ -398,11 +426,14 @@ class ScaleDiTPipeline(DiffusionPipeline):
             spatial = [base.unpack(part, order, grid.height, grid.width) for part in (prediction, tokens)]
             return base.pack(low_pass_guidance(*spatial, draft, sigma, strength, plan.method.scale), order)
 
-        def after_step(index: int, sigma: float, tokens: Tensor) -> None:
+        def after_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor | None:
             if progress is not None:
                 progress(stage, index + 1, steps)
-            if callback is not None:
-                callback(self, index, sigma, {"latents": tokens})
+            if callback is None:
+                return None
+            shown = {"latents": base.unpack(tokens, order, grid.height, grid.width)}
+            changed = callback(self, index, timestep, shown) or {}
+            return base.pack(changed["latents"].float(), order) if "latents" in changed else None
 
         tokens = denoise(velocity, base.pack(latents, order), scheduler, after_step)
         return base.unpack(tokens, order, grid.height, grid.width)

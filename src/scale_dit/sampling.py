@@ -14,8 +14,8 @@ from scale_dit.errors import UserError
 Velocity = Callable[[Tensor, float], Tensor]
 """Function of the latents and the noise level sigma that gives the velocity eps - x_0."""
 
-StepCallback = Callable[[int, float, Tensor], None]
-"""Called after each step with its index, the noise level reached, and the latents."""
+StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
+"""Called after each step with its index, its timestep, and the latents; may return other latents to go on with."""
 
 
 def make_scheduler(steps: int, shift: float, start: float, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
@@ -56,8 +56,8 @@ def denoise(
     for index, timestep in enumerate(scheduler.timesteps):
         prediction = velocity(latents, sigmas[index]).float()
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        if callback is not None:
-            callback(index, sigmas[index + 1], latents)
+        changed = callback(index, timestep, latents) if callback is not None else None
+        latents = latents if changed is None else changed
     return latents
 
 

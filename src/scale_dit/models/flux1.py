@@ -49,7 +49,8 @@ class BlockAttention:
         layout: Who reads whom.
         backend: Name of the attention backend.
         guidance: Keys and values of this block's guidance tokens.
-        recorded: Filled with this block's image keys and values, if given.
+        recorded: Filled with this block's image keys and values, if given; not again when the block is recomputed in
+            the backward pass, whose graph the keys would keep alive.
     """
 
     layout: Layout
@@ -90,7 +91,7 @@ class LayoutAttnProcessor:
         else:
             text = _rotate(_project_added(attn, encoder_hidden_states), (cosine[:length], sine[:length]))
             image = _rotate(image, (cosine[length:], sine[length:]))
-        if block_attention.recorded is not None:
+        if block_attention.recorded == []:
             block_attention.recorded.append((image[1], image[2]))
         text_out, image_out = attend(
             text, image, block_attention.guidance, block_attention.layout, block_attention.backend
@@ -125,7 +126,8 @@ class Flux1:
     """Drives a FLUX.1 pipeline's transformer, text encoders and autoencoder.
 
     Args:
-        pipeline: A stock `FluxPipeline`; its transformer gets `LayoutAttnProcessor`s, which change nothing by themselves.
+        pipeline: A stock `FluxPipeline`; its transformer gets `LayoutAttnProcessor`s, which by themselves change
+            nothing.
         settings: The base's geometry.
         backend: Attention backend, see `scale_dit.attention`.
         gradient_checkpointing: Recompute blocks in the backward pass.
@@ -200,9 +202,7 @@ class Flux1:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """Encode prompts with both text encoders; text beyond `settings.text_length` tokens is cut with a warning."""
-        tokens, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.settings.text_length
-        )
+        tokens, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.settings.text_length)
         return Text(tokens.to(self.dtype), pooled.to(self.dtype))
 
     @torch.no_grad()
@@ -221,8 +221,17 @@ class Flux1:
 
     @staticmethod
     def pack(latents: Tensor, order: Tensor) -> Tensor:
-        """Latents `[B, C, 2h, 2w]` -> tokens `[B, h*w, 4C]` in the memory order `order`."""
-        return FluxPipeline._pack_latents(latents, *latents.shape)[:, order.to(latents.device)]
+        """Latents `[B, C, 2h, 2w]` -> tokens `[B, h*w, 4C]` in the memory order `order`.
+
+        Raises:
+            ValueError: The order is for another number of tokens.
+        """
+        tokens = FluxPipeline._pack_latents(latents, *latents.shape)
+        if tokens.shape[1] != len(order):
+            raise ValueError(
+                f"latents {list(latents.shape)} are {tokens.shape[1]} tokens, but the plan is for {len(order)}"
+            )
+        return tokens[:, order.to(tokens.device)]
 
     def unpack(self, tokens: Tensor, order: Tensor, height: int, width: int) -> Tensor:
         """Tokens in memory order -> latents `[B, C, 2*height, 2*width]`, sides in tokens."""
@@ -245,6 +254,7 @@ class Flux1:
         Returns:
             For each block, keys and values `[B, L, H, D]`.
         """
+        self._onload()
         with active_adapters(self.transformer, self.guidance_adapters):
             hidden = self.transformer.x_embedder(tokens.to(self.dtype))
         time = torch.zeros(len(tokens), device=tokens.device)
@@ -256,7 +266,7 @@ class Flux1:
         for block in blocks:
             attention = BlockAttention(plan.guidance_layout, self.backend, recorded=[])
             _, hidden = self._run(block, self.guidance_adapters, hidden, no_text, embedding, rotary, attention)
-            keys_values += attention.recorded[:1]
+            keys_values += attention.recorded
         with active_adapters(last, self.guidance_adapters):
             keys_values.append(_block_keys_values(last, hidden, embedding, rotary))
         return keys_values
@@ -283,6 +293,7 @@ class Flux1:
         transformer = self.transformer
         if text.tokens.shape[1] != plan.layout.text:
             raise UserError(f"{text.tokens.shape[1]} text tokens were given, but the plan is for {plan.layout.text}.")
+        self._onload()
         with active_adapters(transformer, self.image_adapters):
             image = transformer.x_embedder(tokens.to(self.dtype))
         embedding = self._time_embedding(time, guidance_scale, text.pooled)
@@ -294,6 +305,11 @@ class Flux1:
             attention = BlockAttention(plan.layouts[index % 2], self.backend, block_guidance)
             words, image = self._run(block, self.image_adapters, image, words, embedding, rotary, attention)
         return transformer.proj_out(transformer.norm_out(image, embedding))
+
+    def _onload(self) -> None:
+        """Let a hook of `enable_model_cpu_offload` bring the transformer, whose `forward` is never called here."""
+        if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
+            hook.pre_forward(self.transformer)
 
     @property
     def _blocks(self) -> list[nn.Module]:
