@@ -87,9 +87,10 @@ def _generate(
 ) -> ArmOutput:
     pipeline = setting.pipeline
     pipeline.method = method
-    pipeline.unload_lora_weights()
-    if lora:
-        pipeline.load_lora_weights(lora)
+    if pipeline.lora_path != lora:
+        pipeline.unload_lora_weights()
+        if lora:
+            pipeline.load_lora_weights(lora)
     output = pipeline(
         prompts,
         setting.height,
