@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from scale_dit.errors import UserError
-from scale_dit.lora import ADAPTER, LoraSettings, add_lora, load_lora_state, lora_state, read_lora, save_lora
+from scale_dit.lora import (
+    ADAPTER,
+    LoraSettings,
+    add_lora,
+    check_record,
+    load_lora_state,
+    lora_state,
+    read_lora,
+    save_lora,
+)
 from scale_dit.method import Method, Plan
 from scale_dit.models import load_family
 from scale_dit.models.flux1 import Text
@@ -75,17 +84,27 @@ class ScaleDiTModule(lightning.LightningModule):
         self.save_hyperparameters(ignore=["base", "method", "lora"])
         self.base_settings, self.method, self.lora_settings = base, method, lora
         self.plan_for(base.native, base.native)  # says what cannot be before weights are loaded
-        initial = read_lora(initial_lora)[0] if initial_lora else None
+        initial = self._read_initial(initial_lora) if initial_lora else None
         self.base = load_family(base).load(
             base, dtype=DTYPES[dtype], backend=backend, gradient_checkpointing=gradient_checkpointing
         )
         self.base.freeze()
         add_lora(self.base.transformer, lora)
         if initial is not None:
-            load_lora_state(self.base.transformer, initial)
+            load_lora_state(self.base.transformer, initial, f"LoRA file {initial_lora}")
         self.base.guidance_adapters = (ADAPTER,)
         self.base.image_adapters = (ADAPTER,) if lora.scope == "all" else ()
         self.transformer = self.base.transformer  # a submodule, so that Lightning moves and trains it
+
+    def _read_initial(self, path: str) -> dict[str, Tensor]:
+        tensors, record = read_lora(path)
+        check_record(record, self.base_settings.name, {})
+        if record["rank"] != self.lora_settings.rank:
+            raise UserError(
+                f"LoRA file {path} has rank {record['rank']}, but the LoRA to train has rank "
+                f"{self.lora_settings.rank}: set lora.rank={record['rank']}, or start without it"
+            )
+        return tensors
 
     def plan_for(self, height: int, width: int) -> Plan:
         """The plan for pictures of this size in px, made once."""
@@ -148,14 +167,7 @@ class ScaleDiTModule(lightning.LightningModule):
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Load the LoRA of a checkpoint."""
-        own = lora_state(self.transformer)
-        wrong = sorted(key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape)
-        if wrong or len(own) != len(state_dict):
-            raise UserError(
-                f"the checkpoint's LoRA does not fit: {len(wrong)} of {len(own)} tensors are missing or have another "
-                f"shape, for example {wrong[:2]}"
-            )
-        load_lora_state(self.transformer, state_dict)
+        load_lora_state(self.transformer, state_dict, "the checkpoint's LoRA")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what the LoRA belongs to."""

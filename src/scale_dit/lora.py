@@ -239,23 +239,33 @@ def load_lora(transformer: nn.Module, path: str | Path, name: str = ADAPTER) -> 
     tensors, record = read_lora(path)
     settings = LoraSettings(int(record["rank"]), float(record["alpha"]), str(record["lora_scope"]))
     add_lora(transformer, settings, name)
-    own = lora_state(transformer, name)
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
-    if missing or unexpected or shapes:
+    try:
+        load_lora_state(transformer, tensors, f"LoRA file {path}", name)
+    except UserError:
         remove_lora(transformer, name)
-        raise UserError(
-            f"LoRA file {path} does not fit this base: {len(missing)} keys are missing {missing[:3]}, "
-            f"{len(unexpected)} are unexpected {unexpected[:3]}, {len(shapes)} have another shape {sorted(shapes)[:3]}."
-        )
-    load_lora_state(transformer, tensors, name)
+        raise
     transformer.requires_grad_(False)
     return settings, record
 
 
 @torch.no_grad()
-def load_lora_state(transformer: nn.Module, tensors: dict[str, Tensor], name: str = ADAPTER) -> None:
-    """Copy tensors named as `lora_state` names them into an adapter that is there already."""
+def load_lora_state(transformer: nn.Module, tensors: dict[str, Tensor], source: str, name: str = ADAPTER) -> None:
+    """Copy tensors named as `lora_state` names them into an adapter that is there already.
+
+    Args:
+        source: Where they come from, for the error.
+
+    Raises:
+        UserError: Keys are missing or unexpected, or shapes differ; named.
+    """
+    own = lora_state(transformer, name)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"{source} does not fit this base and rank: {len(missing)} keys are missing {missing[:3]}, "
+            f"{len(unexpected)} are unexpected {unexpected[:3]}, {len(shapes)} have another shape {shapes[:3]}."
+        )
     parameters = dict(transformer.named_parameters())
     for key, value in tensors.items():
         module, kind = key.rsplit(".lora_", 1)
