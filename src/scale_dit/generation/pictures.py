@@ -55,7 +55,9 @@ class Sampling:
 
     def scale_for(self, base: BaseSettings, height: int, width: int) -> float:
         """HR side / draft side for a picture of `height` x `width` px."""
-        return max(1.0, (height * width) ** 0.5 / base.native) if self.scale is None else self.scale
+        if self.scale is not None:
+            return self.scale
+        return max(1.0, max(0, height * width) ** 0.5 / base.native)
 
 
 @dataclass(frozen=True)
