@@ -12,6 +12,14 @@ from scale_dit.embedded.build import build_text, build_transformer, build_vae, s
 from scale_dit.models.settings import BaseSettings
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for a GPU are skipped, visibly, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base of 128 px in float32, with its settings, as `from_pretrained` reads it."""

@@ -128,9 +128,10 @@ def test_active_adapters_are_put_back_after_an_error():
     base = drive(flux("small"))
     add_random_lora(base)
     layers = [module for module in base.transformer.modules() if isinstance(module, BaseTunerLayer)]
-    with pytest.raises(RuntimeError, match="inside"), active_adapters(base.transformer, ()):
+    with active_adapters(base.transformer, ()):
         assert all(layer.active_adapters == [] for layer in layers)
-        raise RuntimeError("inside")
+    with pytest.raises(ZeroDivisionError), active_adapters(base.transformer, ()):
+        1 / 0
     assert all(layer.active_adapters == [ADAPTER] for layer in layers)
     assert all(layer.lora_A[ADAPTER].weight.requires_grad for layer in layers)
 
@@ -182,9 +183,7 @@ def test_stock_diffusers_loads_every_tensor_and_computes_the_same(written, small
     base, folder = written
     stock = FluxPipeline.from_pretrained(small_folder)
     stock.load_lora_weights(folder)
-    assert not [
-        each for each in caplog.messages if "FluxTransformer" in each or "nexpected" in each and "CLIP" not in each
-    ]
+    assert not [message for message in caplog.messages if "text_encoder" not in message]
     (name,) = stock.transformer.peft_config
     loaded, own = get_peft_model_state_dict(stock.transformer, adapter_name=name), lora_state(base.transformer)
     assert loaded.keys() == own.keys()
@@ -216,7 +215,7 @@ def test_stock_diffusers_loads_every_tensor_and_computes_the_same(written, small
 
 
 def test_peft_reads_the_names_without_the_prefix(written):
-    base, folder = written
+    _, folder = written
     tensors = safetensors.torch.load_file(folder / FILE_NAME)
     transformer = flux("small")
     transformer.load_lora_adapter(folder, prefix="transformer", weight_name=FILE_NAME, adapter_name="peft")
@@ -292,7 +291,7 @@ def test_missing_truncated_and_foreign_files(written, tmp_path: Path):
         read_lora(truncated)
     foreign = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"lora_unet_down.weight": torch.zeros(2)}, foreign)
-    with pytest.raises(UserError, match="1 of 1 keys do not look like .*'lora_unet_down.weight'"):
+    with pytest.raises(UserError, match=r"1 of 1 keys do not look like .*'lora_unet_down.weight'"):
         read_lora(foreign)
     safetensors.torch.save_file(safetensors.torch.load_file(path), foreign)
     with pytest.raises(UserError, match="not written by Scale-DiT training"):
@@ -300,7 +299,7 @@ def test_missing_truncated_and_foreign_files(written, tmp_path: Path):
 
 
 def test_record_of_another_base_is_refused_and_of_another_method_told():
-    with pytest.raises(UserError, match="trained on base 'small', but the base is 'flux1_dev'.*base=small"):
+    with pytest.raises(UserError, match=r"trained on base 'small', but the base is 'flux1_dev'.*base=small"):
         check_record(RECORD, "flux1_dev", {})
     assert check_record(RECORD, "small", Method(scale=2).summary) == []
     assert check_record(RECORD, "small", Method(scale=4, anchors="none").summary) == [
