@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scale_dit.embedded.build import build_text, build_transformer, initialise_transformer, save_pipeline
 from scale_dit.errors import UserError
+from scale_dit.models.settings import BaseSettings
 from scale_dit.optimisers import warmup_cosine
 
 
@@ -21,6 +22,7 @@ class TinyBaseModule(lightning.LightningModule):
 
     Args:
         vae: Folder that holds `vae/` of a trained autoencoder (`experiment=tiny_vae` writes it).
+        settings: Geometry that is written beside the exported weights, so that they can be loaded by path alone.
         captions: Texts from which the tokenizers are learnt.
         learning_rate: Peak of a warm-up and cosine schedule.
         caption_dropout: Share of captions replaced by the empty text, for classifier-free guidance.
@@ -33,6 +35,7 @@ class TinyBaseModule(lightning.LightningModule):
     def __init__(
         self,
         vae: str,
+        settings: BaseSettings | None = None,
         captions: list[str] | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
@@ -42,7 +45,8 @@ class TinyBaseModule(lightning.LightningModule):
         export: str | None = None,
     ):
         super().__init__()
-        self.save_hyperparameters(ignore=["captions"])
+        self.save_hyperparameters(ignore=["captions", "settings"])
+        self.settings = settings
         if not (Path(vae) / "vae").is_dir():
             raise UserError(f"no autoencoder in {vae}/vae; train it first: python src/train.py experiment=tiny_vae")
         self.vae = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
@@ -116,6 +120,8 @@ class TinyBaseModule(lightning.LightningModule):
             fresh = build_transformer()
             fresh.load_state_dict(self.transformer.state_dict())
             save_pipeline(components | {"transformer": fresh}, self.hparams.export)
+            if self.settings is not None:
+                self.settings.save(self.hparams.export)
 
     def configure_optimizers(self) -> dict[str, object]:
         """AdamW over everything but the frozen autoencoder."""
@@ -125,9 +131,8 @@ class TinyBaseModule(lightning.LightningModule):
             lr=self.hparams.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=self.hparams.weight_decay,
-            fused=self.device.type == "cuda",
         )
-        return warmup_cosine(optimiser, self.trainer, warmup=500)
+        return warmup_cosine(optimiser, self.trainer, warmup=200)
 
 
 def pack(latents: Tensor) -> Tensor:

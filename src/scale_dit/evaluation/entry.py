@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
+
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from scale_dit.data.captions import caption
 from scale_dit.data.scene_batches import held_out_scenes
@@ -15,6 +18,7 @@ from scale_dit.errors import UserError
 from scale_dit.evaluation.baselines import Setting, choose_arms, default_lora
 from scale_dit.evaluation.report import Results
 from scale_dit.evaluation.runner import evaluate
+from scale_dit.loggers import close_wandb
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.run_record import write_run_record
 
@@ -46,6 +50,7 @@ def evaluate_config(cfg: DictConfig) -> Results:
         pipeline.to(device), method, lora, height, width, start=cfg.start, steps=cfg.steps,
         draft_steps=cfg.draft_steps, guidance_scale=cfg.guidance_scale, draft_guidance_scale=cfg.draft_guidance_scale,
     )  # fmt: skip
+    loggers = [hydra.utils.instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     arms = choose_arms(baselines, setting, OmegaConf.to_container(cfg.only) if cfg.only else None)
     scenes = held_out_scenes(cfg.n, aspect=width / height)
     return evaluate(
@@ -61,4 +66,15 @@ def evaluate_config(cfg: DictConfig) -> Results:
         baseline=cfg.compare_with if cfg.compare_with in arms else None,
         batch_size=cfg.batch_size,
         grid_rows=cfg.grid_rows,
+        summary=partial(log_summary, loggers),
     )
+
+
+def log_summary(loggers: list[Logger | None], numbers: dict[str, float], grid: Path | None) -> None:
+    """Put the flat numbers, and a preview of the picture grid, into the W&B run's summary, if there is one."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(numbers)
+            if grid is not None:
+                logger.log_image("pictures", [str(grid)])
+    close_wandb()
