@@ -10,6 +10,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from scale_dit.attention import check_backend
 from scale_dit.errors import UserError
 from scale_dit.lora import (
     ADAPTER,
@@ -25,7 +26,7 @@ from scale_dit.method import Method, Plan
 from scale_dit.models import load_family
 from scale_dit.models.flux1 import Text
 from scale_dit.models.settings import BaseSettings
-from scale_dit.optimisers import build_optimiser, warmup_cosine
+from scale_dit.optimisers import build_optimiser, check_optimiser, warmup_cosine
 from scale_dit.sampling import add_noise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,6 +81,8 @@ class ScaleDiTModule(lightning.LightningModule):
             raise UserError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)} (model.dtype=...)")
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout is {caption_dropout}, but it is a share: use 0 to 1, usually 0.1")
+        check_backend(backend)
+        check_optimiser(optimiser)
         # Only plain values: a config object in a checkpoint cannot be loaded with weights_only.
         self.save_hyperparameters(ignore=["base", "method", "lora"])
         self.base_settings, self.method, self.lora_settings = base, method, lora
@@ -116,10 +119,16 @@ class ScaleDiTModule(lightning.LightningModule):
         self.empty_text = self.base.encode_prompts([""])
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """One flow-matching step: x_t = (1-t) x_0 + t eps, target eps - x_0, t = sigmoid(normal)."""
+        """One flow-matching step."""
+        generator = torch.Generator(self.device).manual_seed(self._step_seed(batch_index))
+        loss = self.loss(batch, generator)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["latents"]))
+        return loss
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """x_t = (1-t) x_0 + t eps, target eps - x_0, t = sigmoid(normal): mean squared error on the image tokens."""
         latents, base = batch["latents"].float(), self.base
         plan = self.plan_for(latents.shape[2] * self._latent_px, latents.shape[3] * self._latent_px)
-        generator = torch.Generator(self.device).manual_seed(self._step_seed(batch_index))
         clean = base.pack(latents, plan.layout.image_order)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         time = torch.sigmoid(torch.randn(len(clean), generator=generator, device=self.device))
@@ -133,9 +142,7 @@ class ScaleDiTModule(lightning.LightningModule):
         velocity = base.image_pass(
             noisy, self._drop_captions(text, generator), time, plan, keys_values, self.hparams.training_guidance_scale
         )
-        loss = torch.nn.functional.mse_loss(velocity.float(), noise - clean)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(clean))
-        return loss
+        return torch.nn.functional.mse_loss(velocity.float(), noise - clean)
 
     @property
     def _latent_px(self) -> int:
