@@ -149,7 +149,7 @@ def fit(module: lightning.LightningModule, batch: dict, steps: int, validate: bo
 
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=1 if validate else 0, callbacks=[Losses()],
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=int(validate), callbacks=[Losses()],
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(Repeat(batch, steps), batch_size=None)
     trainer.fit(module, loader, loader if validate else None)
@@ -192,7 +192,12 @@ def base_training(tmp_path_factory: pytest.TempPathFactory):
         batch = {"latents": noise(2, 16, 16, 16) * 0.1, "clip_ids": clip_ids, "t5_ids": t5_ids}
         before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         losses = fit(module, batch, steps=30)
-    moved = {name for name, parameter in module.named_parameters() if not torch.allclose(parameter, before[name])}
+    # more than the export's rounding to bfloat16
+    moved = {
+        name
+        for name, parameter in module.named_parameters()
+        if (parameter.float() - before[name]).norm() > 0.05 * before[name].norm()
+    }
     return losses, folder, module, moved
 
 
