@@ -1,9 +1,10 @@
 """Train: the Scale-DiT LoRA on a base, or the embedded base itself.
 
-    python src/train.py experiment=scale_dit_4k base=tiny
-    python src/train.py experiment=tiny_vae
-    python src/train.py experiment=tiny_base
-    python src/train.py --multirun base=tiny experiment=scale_dit_4k order=hilbert,raster trainer.max_steps=20
+python src/train.py experiment=scale_dit_4k base=tiny
+python src/train.py experiment=tiny_vae
+python src/train.py experiment=tiny_base
+python src/train.py resume=logs/scale_dit_4k/runs/<time>
+python src/train.py --multirun base=tiny experiment=scale_dit_4k order=hilbert,raster trainer.max_steps=20
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from scale_dit.entry import entry_point, train
+from scale_dit.entry import entry_point, resumable, train
 
 
+@resumable
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 @entry_point
 def main(cfg: DictConfig) -> float | None:

@@ -11,6 +11,18 @@ from lightning.pytorch.callbacks import Timer
 
 from scale_dit.errors import UserError
 
+OPTIMISERS = ("adamw", "prodigy")
+
+
+def check_optimiser(name: str) -> None:
+    """Refuse a name that is none.
+
+    Raises:
+        UserError: Unknown name.
+    """
+    if name not in OPTIMISERS:
+        raise UserError(f"optimiser {name!r} is unknown; choose one of {', '.join(OPTIMISERS)} (model.optimiser=adamw)")
+
 
 def build_optimiser(
     name: str, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float = 0.0
@@ -23,19 +35,14 @@ def build_optimiser(
     Raises:
         UserError: Unknown name.
     """
+    check_optimiser(name)
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
-    if name == "prodigy":
-        from prodigyopt import Prodigy
+    from prodigyopt import Prodigy
 
-        return Prodigy(
-            parameters,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            use_bias_correction=True,
-            safeguard_warmup=True,
-        )
-    raise UserError(f"optimiser {name!r} is unknown; choose one of adamw, prodigy (model.optimiser=adamw)")
+    return Prodigy(
+        parameters, lr=learning_rate, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True
+    )
 
 
 class BudgetCosine(torch.optim.lr_scheduler.LRScheduler):
@@ -45,9 +52,7 @@ class BudgetCosine(torch.optim.lr_scheduler.LRScheduler):
     learning rate too. Elapsed time is agreed among ranks, now and then, since their rates must not differ.
     """
 
-    def __init__(
-        self, optimiser: torch.optim.Optimizer, trainer: lightning.Trainer, warmup: int, floor: float = 0.02
-    ):
+    def __init__(self, optimiser: torch.optim.Optimizer, trainer: lightning.Trainer, warmup: int, floor: float = 0.02):
         self.trainer, self.floor = trainer, floor
         self.warmup = min(warmup, max(1, trainer.max_steps // 10)) if trainer.max_steps > 0 else warmup
         self.time_progress = 0.0

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+
+from scale_dit.run_folder import RECORD, read_record, write_json
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "lightning", "hydra-core", "numpy", "triton")
 
@@ -45,18 +48,38 @@ def machine_name() -> str:
     return f"CPU {platform.machine()}, {os.cpu_count()} cores"
 
 
-def write_run_record(folder: Path, config: dict[str, Any], seed: int) -> Path:
-    """Write `run.json` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
+def run_record(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The record of a run that starts now."""
+    return {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "machine": machine_name(),
         "versions": package_versions(),
         "seed": seed,
+        "overrides": _overrides(),
         "config": config,
     }
-    path = folder / "run.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
+
+
+def write_run_record(folder: Path, config: dict[str, Any], seed: int) -> Path:
+    """Write `run.json` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECORD, run_record(config, seed))
+    return folder / RECORD
+
+
+def add_resumption(folder: Path, config: dict[str, Any], seed: int, step: int) -> Path:
+    """Add to `run.json` that the run went on at `step`, with the command, commit and versions of now."""
+    record = read_record(folder)
+    now = {key: value for key, value in run_record(config, seed).items() if key not in ("seed", "overrides")}
+    record.setdefault("resumed", []).append({"step": step, **now})
+    write_json(folder / RECORD, record)
+    return folder / RECORD
+
+
+def _overrides() -> Sequence[str]:
+    """What the command line changed, as Hydra wrote it down, without `resume`."""
+    if not HydraConfig.initialized():
+        return []
+    return [override for override in HydraConfig.get().overrides.task if not override.startswith("resume=")]

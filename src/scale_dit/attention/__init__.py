@@ -88,7 +88,16 @@ def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> 
     return "sdpa", "exact, with gradients, on every device"
 
 
+def check_backend(name: str) -> None:
+    """Refuse a name that is none.
+
+    Raises:
+        UserError: if it is neither `auto` nor one of `backends()`.
+    """
+    if name not in ("auto", *backends()):
+        raise UserError(f"Unknown attention backend '{name}': use one of auto, {', '.join(backends())}.")
+
+
 def _module(backend: str) -> ModuleType:
-    if backend not in backends():
-        raise UserError(f"Unknown attention backend '{backend}': use one of auto, {', '.join(backends())}.")
+    check_backend(backend)
     return import_module(f"{__name__}.{backend}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning
 import torch
+
+from scale_dit.errors import UserError
 
 
 class TrainableEMA(lightning.Callback):
@@ -20,7 +24,7 @@ class TrainableEMA(lightning.Callback):
 
     def __init__(self, decay: float = 0.999):
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
+            raise UserError(f"decay is {decay}; it must be at least 0 and below 1 (callbacks.ema.decay=0.99)")
         self.decay = decay
         self.updates = 0
         self.average: dict[str, torch.Tensor] = {}
@@ -51,11 +55,28 @@ class TrainableEMA(lightning.Callback):
             [self.average[name] for name in parameters], [p.data for p in parameters.values()], 1 - decay
         )
 
+    @contextmanager
+    def averaged(self, module: lightning.LightningModule) -> Iterator[None]:
+        """Inside, the module holds the average; behind, the weights that the optimiser moves, bit for bit."""
+        self._swap_in(module)
+        try:
+            yield
+        finally:
+            self._swap_out(module)
+
+    @torch.no_grad()
     def _swap_in(self, module: lightning.LightningModule) -> None:
         parameters = self._trainable(module)
         self.current = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            parameter.data.copy_(self.average[name])
+            parameter.copy_(self.average[name])
+
+    @torch.no_grad()
+    def _swap_out(self, module: lightning.LightningModule) -> None:
+        for name, parameter in self._trainable(module).items():
+            if name in self.current:
+                parameter.copy_(self.current[name])
+        self.current = {}
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Validate the average."""
@@ -64,10 +85,7 @@ class TrainableEMA(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Back to the weights that the optimiser moves."""
-        for name, parameter in self._trainable(pl_module).items():
-            if name in self.current:
-                parameter.data.copy_(self.current[name])
-        self.current = {}
+        self._swap_out(pl_module)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Leave the average in the module, after the last checkpoint and before the module exports itself."""
@@ -82,3 +100,9 @@ class TrainableEMA(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.average, self.updates = state_dict["average"], state_dict["updates"]
+
+
+def averaged_weights(trainer: lightning.Trainer) -> Any:
+    """A context in which the trainer's module holds averaged weights, if they are averaged."""
+    average = next((each for each in trainer.callbacks if isinstance(each, TrainableEMA)), None)  # type: ignore[attr-defined]
+    return average.averaged(trainer.lightning_module) if average is not None and average.average else nullcontext()

@@ -160,7 +160,7 @@ class Flux1:
             UserError: The weights cannot be had.
         """
         settings.check_weights()
-        pipeline = FluxPipeline.from_pretrained(settings.path, torch_dtype=dtype)
+        pipeline = FluxPipeline.from_pretrained(settings.path, dtype=dtype)
         return cls(pipeline.to(device), settings, **options)  # type: ignore[arg-type]
 
     @classmethod
