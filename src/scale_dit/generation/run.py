@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from scale_dit.data.cache_store import weights_fingerprint
 from scale_dit.errors import UserError
@@ -25,9 +22,8 @@ from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.run_record import write_run_record
 
-log = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTERRUPTED_STATUS = 130
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -79,6 +75,7 @@ def generate(
 
     Raises:
         UserError: Settings, a LoRA, a device or a folder that cannot be, before weights are loaded; a full disk.
+        SystemExit: Ctrl-C, after a message that says how to go on.
     """
     console = console or Console()
     sampling.check(base)
@@ -92,22 +89,25 @@ def generate(
         console.print(f"{len(pictures) - len(pending)} of {len(pictures)} pictures are there already")
     if pending:
         pipeline = _load(base, method, sampling, lora, backend, place, kind)
-        work = [_work(pipeline, picture, sampling) for picture in pending]
-        with _resumable(folder, console), GenerationProgress(work, console) as progress:
-            for picture in pending:
-                _make(pipeline, picture, sampling, folder, progress)
+        if not _make_all(pipeline, pending, sampling, folder, console):
+            console.print(f"Interrupted. The same command with output={folder.path} goes on.", markup=False)
+            sys.exit(INTERRUPTED_STATUS)
     folder.finish(pictures)
     return [folder.path / picture.file_name for picture in pictures]
 
 
-@contextmanager
-def _resumable(folder: OutputFolder, console: Console) -> Iterator[None]:
-    """Say how to go on after Ctrl-C."""
+def _make_all(
+    pipeline: ScaleDiTPipeline, pictures: Sequence[Picture], sampling: Sampling, folder: OutputFolder, console: Console
+) -> bool:
+    """Make and write pictures; `False` if Ctrl-C stopped it."""
+    work = [_work(pipeline, picture, sampling) for picture in pictures]
     try:
-        yield
+        with GenerationProgress(work, console) as progress:
+            for picture in pictures:
+                _make(pipeline, picture, sampling, folder, progress)
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command with output={folder.path} goes on where it stopped", markup=False)
-        raise
+        return False
+    return True
 
 
 def _weights_digest(base: BaseSettings) -> str | None:
@@ -132,8 +132,6 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
 ) -> ScaleDiTPipeline:
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=dtype)
     pipeline.configure(base, backend)
     pipeline.method = method
