@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -29,7 +31,8 @@ class TinyBaseModule(lightning.LightningModule):
         largest_offset: Half of the batches shift all positions by up to this many tokens a side, so that positions
             beyond the native grid are not foreign to the rotary embedding.
         compile: Compile the transformer's blocks on a GPU.
-        export: Folder that gets the whole pipeline when training ends.
+        export_every: Steps between exports, so that a run that is cut off leaves a base.
+        export: Folder that gets the whole pipeline, then and when training ends.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class TinyBaseModule(lightning.LightningModule):
         caption_dropout: float = 0.1,
         largest_offset: int = 64,
         compile: bool = True,
+        export_every: int = 1000,
         export: str | None = None,
     ):
         super().__init__()
@@ -113,15 +117,30 @@ class TinyBaseModule(lightning.LightningModule):
         names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer")
         return {name: getattr(self, name) for name in names}
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Export now and then."""
+        if self.global_step % self.hparams.export_every == 0:
+            self.export()
+
     def on_fit_end(self) -> None:
-        """Export the pipeline."""
-        if self.hparams.export and self.trainer.is_global_zero:
-            components = self._components()
-            fresh = build_transformer()
-            fresh.load_state_dict(self.transformer.state_dict())
-            save_pipeline(components | {"transformer": fresh}, self.hparams.export)
-            if self.settings is not None:
-                self.settings.save(self.hparams.export)
+        """Export the average."""
+        self.export()
+
+    def export(self) -> None:
+        """Write the pipeline, and the settings beside it, from rank 0."""
+        if not self.hparams.export or not self.trainer.is_global_zero:
+            return
+        # Copies, because saving casts to bfloat16 and the originals are being trained.
+        components = {
+            name: copy.deepcopy(part) if name.startswith("text_encoder") else part
+            for name, part in self._components().items()
+        }
+        fresh = build_transformer()
+        fresh.load_state_dict(self.transformer.state_dict())
+        components |= {"transformer": fresh, "vae": AutoencoderKL.from_pretrained(self.hparams.vae, subfolder="vae")}
+        save_pipeline(components, self.hparams.export)
+        if self.settings is not None:
+            self.settings.save(self.hparams.export)
 
     def configure_optimizers(self) -> dict[str, object]:
         """AdamW over everything but the frozen autoencoder."""
