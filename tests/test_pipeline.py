@@ -123,6 +123,8 @@ def test_one_guidance_pass_serves_all_steps_and_both_branches(pipeline):
     assert len({id(call[4]) for call in refinement}) == 1
     texts = [call[1].tokens for call in refinement[:2]]
     assert not torch.equal(*texts), "the second branch has the negative prompt"
+    assert torch.equal(guidance[0][1], refinement[0][1].pooled), "the draft's modulation is the positive prompt's"
+    assert not torch.equal(guidance[0][1], refinement[1][1].pooled)
     image.clear()
     latents_of(pipeline, num_inference_steps=3, guidance_scale=1, draft_guidance_scale=1)
     assert len(image) == 2 + 3
