@@ -87,10 +87,10 @@ def fit(module: ScaleDiTModule, batches: list[dict], steps: int, ckpt_path: Path
     return trainer
 
 
-def loss_of(module: ScaleDiTModule, batch: dict) -> Tensor:
+def loss_of(module: ScaleDiTModule, batch: dict, seed: int = 0) -> Tensor:
     """The loss outside of training, always with the same noise."""
     module.empty_text = module.base.encode_prompts([""])
-    return module.loss(batch, torch.Generator().manual_seed(0))
+    return module.loss(batch, torch.Generator().manual_seed(seed))
 
 
 class Losses(lightning.Callback):
@@ -115,6 +115,29 @@ def test_the_loss_falls_on_one_batch(make, batches):
     for name, parameter in module.transformer.named_parameters():
         assert parameter.requires_grad == (".lora_" in name)
         assert name not in frozen or torch.equal(parameter, frozen[name])
+
+
+def test_the_loss_is_that_of_flow_matching(make, batches):
+    """x_t = (1-t) x_0 + t eps and target eps - x_0, worked backwards from what the model was given and gave."""
+    module, calls = make(caption_dropout=0.0), []
+    run = module.base.image_pass
+
+    def recorded(*given):
+        calls.append((given, run(*given)))
+        return calls[-1][1]
+
+    module.base.image_pass = recorded
+    losses = [loss_of(module, batches[0], seed).item() for seed in range(60)]
+    plan = module.plan_for(128, 128)
+    clean = module.base.pack(batches[0]["latents"], plan.layout.image_order)
+    for loss, ((noisy, _, time, *_), velocity) in zip(losses, calls, strict=True):
+        t = time.view(-1, 1, 1)
+        eps = (noisy - (1 - t) * clean) / t
+        assert eps.std().item() == pytest.approx(1, abs=0.05)
+        assert loss == pytest.approx((velocity - (eps - clean)).square().mean().item(), rel=1e-3)
+    logits = torch.cat([given[2] for given, _ in calls]).logit()
+    assert logits.mean().item() == pytest.approx(0, abs=0.3)  # t = sigmoid(normal), 120 of them
+    assert logits.std().item() == pytest.approx(1, abs=0.25)
 
 
 def test_noise_differs_between_steps_and_epochs_and_repeats_with_the_seed(make, batches):
