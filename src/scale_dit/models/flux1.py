@@ -8,26 +8,20 @@ pass has no text and no noise and needs keys and values only, and the timestep s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scale_dit.anchors import ntk_theta
-from scale_dit.attention import attend
 from scale_dit.errors import UserError
-from scale_dit.layout import Layout
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
+from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, project, rotate
 from scale_dit.models.settings import BaseSettings
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one block, `[B, L, H, D]` each, keys normalised and rotated."""
 
 
 @dataclass(frozen=True)
@@ -39,87 +33,6 @@ class Text:
 
     def __getitem__(self, rows: slice) -> Text:
         return Text(self.tokens[rows], self.pooled[rows])
-
-
-@dataclass
-class BlockAttention:
-    """What the attention of one block needs to know beside its inputs.
-
-    Attributes:
-        layout: Who reads whom.
-        backend: Name of the attention backend.
-        guidance: Keys and values of this block's guidance tokens.
-        recorded: Filled with this block's image keys and values, if given; not again when the block is recomputed in
-            the backward pass, whose graph the keys would keep alive.
-    """
-
-    layout: Layout
-    backend: str = "auto"
-    guidance: KeysValues | None = None
-    recorded: list[KeysValues] | None = field(default=None, compare=False)
-
-
-class LayoutAttnProcessor:
-    """Attention over text, image and guidance segments; without `block_attention` it is the stock processor."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self) -> None:
-        self.stock = FluxAttnProcessor()
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        block_attention: BlockAttention | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The signature that `FluxAttention` calls; `[B, S, C]` in and out."""
-        if block_attention is None:
-            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        length = block_attention.layout.text
-        cosine, sine = image_rotary_emb
-        image = _project(attn, hidden_states)
-        if length == 0:
-            text, image = None, _rotate(image, image_rotary_emb)
-        elif encoder_hidden_states is None:
-            both = _rotate(image, image_rotary_emb)
-            text, image = tuple(part[:, :length] for part in both), tuple(part[:, length:] for part in both)
-        else:
-            text = _rotate(_project_added(attn, encoder_hidden_states), (cosine[:length], sine[:length]))
-            image = _rotate(image, (cosine[length:], sine[length:]))
-        if block_attention.recorded == []:
-            block_attention.recorded.append((image[1], image[2]))
-        text_out, image_out = attend(
-            text, image, block_attention.guidance, block_attention.layout, block_attention.backend
-        )
-        text_out, image_out = text_out.flatten(2), image_out.flatten(2)
-        if encoder_hidden_states is None:
-            return torch.cat([text_out, image_out], dim=1) if length else image_out
-        return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
-
-
-def _project(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (
-        projection(hidden).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    return attn.norm_q(query), attn.norm_k(key), value
-
-
-def _project_added(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (
-        projection(hidden).unflatten(-1, (-1, attn.head_dim))
-        for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
-    return attn.norm_added_q(query), attn.norm_added_k(key), value
-
-
-def _rotate(qkv: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = qkv
-    return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1), value
 
 
 class Flux1:
@@ -365,8 +278,5 @@ def _block_keys_values(
 ) -> KeysValues:
     """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
     norm = block.norm1 if hasattr(block, "norm1") else block.norm
-    _, key, value = _rotate(_project(block.attn, norm(hidden, emb=embedding)[0]), rotary)
+    _, key, value = rotate(project(block.attn, norm(hidden, emb=embedding)[0]), rotary)
     return key, value
-
-
-__all__ = ["BlockAttention", "Flux1", "KeysValues", "LayoutAttnProcessor", "Text"]
