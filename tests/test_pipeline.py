@@ -302,6 +302,14 @@ def test_lora_is_loaded_replaced_and_removed(pipeline, loras, caplog):
         assert torch.equal(plain, latents_of(pipeline))
 
 
+def test_another_backend_keeps_the_lora(pipeline, loras):
+    pipeline.load_lora_weights(loras["guidance"])
+    guided = latents_of(pipeline)
+    pipeline.configure(pipeline.settings, "reference")
+    assert pipeline.base.backend == "reference"
+    torch.testing.assert_close(latents_of(pipeline), guided, rtol=0, atol=1e-4)
+
+
 def test_lora_acts_neither_on_drafts_nor_without_guidance(pipeline, loras):
     plain = pipeline(PROMPTS[0], 256, 256, generator=seeded(0)[0], output_type="latent").draft_latents
     pipeline.load_lora_weights(loras["guidance"])

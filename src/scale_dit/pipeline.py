@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from scale_dit.decode import decode_tiled
@@ -24,7 +20,9 @@ from scale_dit.method import Method, Plan
 from scale_dit.models import load_family
 from scale_dit.models.flux1 import Flux1, Text
 from scale_dit.models.settings import BaseSettings
-from scale_dit.sampling import add_noise, denoise, low_pass_guidance, make_scheduler, upsample_latents
+from scale_dit.pipeline_output import ScaleDiTOutput, StageCost
+from scale_dit.sampling import add_noise, derived_generators, make_scheduler, one_generator_each, upsample_latents
+from scale_dit.stage import AfterStep, Stage
 
 log = logging.getLogger(__name__)
 
@@ -33,43 +31,6 @@ StepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], Any]
 
 Progress = Callable[[str, int, int], None]
 """Called after every step with the stage, the steps done and the steps in all."""
-
-
-@dataclass
-class StageCost:
-    """Wall-clock seconds and peak bytes on the device, by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Measure what happens inside."""
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        begin = time.perf_counter()
-        yield
-        if cuda:
-            torch.cuda.synchronize(device)
-            self.peak_bytes[name] = torch.cuda.max_memory_allocated(device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
-@dataclass
-class ScaleDiTOutput(BaseOutput):
-    """What a call returns.
-
-    Attributes:
-        images: List of PIL pictures (`output_type="pil"`), `[B, H, W, 3]` array (`"np"`), `[B, 3, H, W]` tensor in
-            [0, 1] (`"pt"`), or latents `[B, C, h, w]` (`"latent"`).
-        draft_latents: The drafts' normalised latents `[B, C, h/s, w/s]`.
-        cost: Seconds and peak memory by stage.
-    """
-
-    images: Any
-    draft_latents: Tensor | None
-    cost: StageCost
 
 
 class ScaleDiTPipeline(DiffusionPipeline):
@@ -147,8 +108,11 @@ class ScaleDiTPipeline(DiffusionPipeline):
         return pipeline
 
     def configure(self, settings: BaseSettings, backend: str = "auto") -> None:
-        """Set the base's geometry and the attention backend."""
+        """Set the base's geometry and the attention backend; a LoRA goes on acting where it acts."""
+        before = self.base
         self.base = load_family(settings).from_components(self.components, settings, backend)
+        if before is not None:
+            self.base.guidance_adapters, self.base.image_adapters = before.guidance_adapters, before.image_adapters
 
     @property
     def settings(self) -> BaseSettings:
@@ -239,8 +203,8 @@ class ScaleDiTPipeline(DiffusionPipeline):
         draft_scheduler, refine_scheduler = self._scheduler(draft_steps), self._scheduler(num_inference_steps, start)
         if draft_latents is not None:
             draft_latents = self._checked_drafts(draft_latents, len(prompts))
-        generators = _generators(generator, len(prompts))
-        refine_generators = _derived(generators)
+        generators = one_generator_each(generator, len(prompts))
+        refine_generators = derived_generators(generators)
         cost = StageCost()
 
         with cost.stage("text", self._execution_device):
@@ -258,10 +222,10 @@ class ScaleDiTPipeline(DiffusionPipeline):
                 start=start, low_pass=low_pass, callback=callback_on_step_end, progress=progress,
             )  # fmt: skip
         with cost.stage("decode", self._execution_device):
-            images = latents if output_type == "latent" else self.decode(latents)
+            images: Any = latents if output_type == "latent" else self.decode(latents)
         if output_type in ("pil", "np"):
-            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
-            images = self.numpy_to_pil(images) if output_type == "pil" else images
+            array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+            images = self.numpy_to_pil(array) if output_type == "pil" else array
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, draft_latents, cost
@@ -311,8 +275,10 @@ class ScaleDiTPipeline(DiffusionPipeline):
         Returns:
             Normalised latents `[B, C, h, w]` float32.
         """
-        noise = self._noise(plan, generators)
-        return self._sample(noise, scheduler, text, negative, plan, None, guidance_scale, "draft", progress)
+        stage = Stage(self.base, plan, text, negative, self._scale(guidance_scale))
+        return stage.sample(
+            self._noise(plan, generators), scheduler, self._after_step("draft", scheduler, progress, None)
+        )
 
     def refine(
         self,
@@ -345,9 +311,8 @@ class ScaleDiTPipeline(DiffusionPipeline):
             tokens = self.base.pack(self._guidance_latents(draft_latents, plan), plan.layout.guidance_order)
             keys_values = self.base.guidance_pass(tokens, text.pooled, plan, self._scale(guidance_scale))
         pull = (upsampled, low_pass) if upsampled is not None and low_pass > 0 else None
-        return self._sample(
-            latents, scheduler, text, negative, plan, keys_values, guidance_scale, "refine", progress, pull, callback
-        )
+        stage = Stage(self.base, plan, text, negative, self._scale(guidance_scale), keys_values, pull)
+        return stage.sample(latents, scheduler, self._after_step("refine", scheduler, progress, callback))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` in [0, 1], one at a time, in tiles if they are large."""
@@ -396,70 +361,18 @@ class ScaleDiTPipeline(DiffusionPipeline):
             )
         return draft_latents.to(self._execution_device, torch.float32)
 
-    def _sample(
-        self,
-        latents: Tensor,
-        scheduler: Any,
-        text: Text,
-        negative: Text | None,
-        plan: Plan,
-        keys_values: Any,
-        guidance_scale: float | None,
-        stage: str,
-        progress: Progress | None,
-        pull: tuple[Tensor, float] | None = None,
-        callback: StepEnd | None = None,
-    ) -> Tensor:
-        """The denoising loop of either stage, latents to latents; tokens are permuted once, at its two ends."""
-        base, guidance_scale, order = self.base, self._scale(guidance_scale), plan.layout.image_order
-        grid, steps = plan.layout.image, len(scheduler.timesteps)
+    def _after_step(
+        self, stage: str, scheduler: Any, progress: Progress | None, callback: StepEnd | None
+    ) -> AfterStep | None:
+        if progress is None and callback is None:
+            return None
+        steps = len(scheduler.timesteps)
 
-        def velocity(tokens: Tensor, sigma: float) -> Tensor:
-            moment = torch.full((len(tokens),), sigma, device=tokens.device)
-            prediction = base.image_pass(tokens, text, moment, plan, keys_values, guidance_scale).float()
-            if negative is not None and guidance_scale != 1:
-                without = base.image_pass(tokens, negative, moment, plan, keys_values, guidance_scale).float()
-                prediction = without + guidance_scale * (prediction - without)
-            if pull is None:
-                return prediction
-            draft, strength = pull
-            spatial = [base.unpack(part, order, grid.height, grid.width) for part in (prediction, tokens)]
-            return base.pack(low_pass_guidance(*spatial, draft, sigma, strength, plan.method.scale), order)
-
-        def after_step(index: int, timestep: Tensor, tokens: Tensor) -> Tensor | None:
+        def after_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             if progress is not None:
                 progress(stage, index + 1, steps)
             if callback is None:
                 return None
-            shown = {"latents": base.unpack(tokens, order, grid.height, grid.width)}
-            changed = callback(self, index, timestep, shown) or {}
-            return base.pack(changed["latents"].float(), order) if "latents" in changed else None
+            return (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
 
-        tokens = denoise(velocity, base.pack(latents, order), scheduler, after_step)
-        return base.unpack(tokens, order, grid.height, grid.width)
-
-
-def _derived(generators: list[torch.Generator]) -> list[torch.Generator]:
-    """Generators for the refinement, seeded by the state of those for the draft.
-
-    So the draft is the picture that the stock pipeline makes from the same generator, and the refinement's noise is
-    the same whether a draft was made or given.
-    """
-    derived: dict[int, torch.Generator] = {}
-    for each in generators:
-        if id(each) not in derived:
-            seed = zlib.crc32(each.get_state().numpy().tobytes())
-            derived[id(each)] = torch.Generator(each.device).manual_seed(seed)
-    return [derived[id(each)] for each in generators]
-
-
-def _generators(generator: Any, count: int) -> list[torch.Generator]:
-    """One generator a picture; a single one is shared, none is a fresh one with a random seed."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    if isinstance(generator, torch.Generator):
-        return [generator] * count
-    if len(generator) != count:
-        raise UserError(f"{len(generator)} generators were given for {count} pictures: give one, or one a picture")
-    return list(generator)
+        return after_step

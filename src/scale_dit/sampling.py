@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -90,3 +91,35 @@ def low_pass_guidance(
 def upsample_latents(latents: Tensor, height: int, width: int) -> Tensor:
     """Bicubic upsampling of latents `[B, C, h, w]` to `[B, C, height, width]`."""
     return torch.nn.functional.interpolate(latents.float(), size=(height, width), mode="bicubic")
+
+
+def one_generator_each(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator]:
+    """One generator a picture; a single one is shared, none is a fresh one with a random seed.
+
+    Raises:
+        UserError: As many generators as pictures were not given.
+    """
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        return [generator] * count
+    if len(generator) != count:
+        raise UserError(f"{len(generator)} generators were given for {count} pictures: give one, or one a picture")
+    return list(generator)
+
+
+def derived_generators(generators: list[torch.Generator]) -> list[torch.Generator]:
+    """Generators for the refinement, seeded by the state of those for the draft.
+
+    So the draft is the picture that the stock pipeline makes from the same generator, and the refinement's noise is
+    the same whether a draft was made or given.
+    """
+    derived: dict[int, torch.Generator] = {}
+    for each in generators:
+        if id(each) not in derived:
+            seed = zlib.crc32(each.get_state().numpy().tobytes())
+            derived[id(each)] = torch.Generator(each.device).manual_seed(seed)
+    return [derived[id(each)] for each in generators]
