@@ -62,8 +62,8 @@ def denoise(
     return latents
 
 
-def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """x_t = (1 - t) x_0 + t eps, at t = `sigma`."""
+def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """x_t = (1 - t) x_0 + t eps, at t = `sigma`, a number or one for each sample."""
     return (1 - sigma) * clean + sigma * noise
 
 

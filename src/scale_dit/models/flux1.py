@@ -177,9 +177,10 @@ class Flux1:
         keys_values: list[KeysValues] = []
         *blocks, last = self._blocks
         for block in blocks:
-            attention = BlockAttention(plan.guidance_layout, self.backend, recorded=[])
+            recorded: list[KeysValues] = []
+            attention = BlockAttention(plan.guidance_layout, self.backend, recorded=recorded)
             _, hidden = self._run(block, self.guidance_adapters, hidden, no_text, embedding, rotary, attention)
-            keys_values += attention.recorded
+            keys_values += recorded
         with active_adapters(last, self.guidance_adapters):
             keys_values.append(_block_keys_values(last, hidden, embedding, rotary))
         return keys_values
@@ -273,9 +274,7 @@ class Flux1:
         return stretched(ids.to(device))
 
 
-def _block_keys_values(
-    block: nn.Module, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor]
-) -> KeysValues:
+def _block_keys_values(block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor]) -> KeysValues:
     """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
     norm = block.norm1 if hasattr(block, "norm1") else block.norm
     _, key, value = rotate(project(block.attn, norm(hidden, emb=embedding)[0]), rotary)

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
-from scale_dit.attention import attend
+from scale_dit.attention import QueryKeyValue, attend
 from scale_dit.layout import Layout
 
 KeysValues = tuple[Tensor, Tensor]
@@ -55,17 +55,10 @@ class LayoutAttnProcessor:
         """The signature that `FluxAttention` calls; `[B, S, C]` in and out."""
         if block_attention is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if image_rotary_emb is None:
+            raise ValueError("FLUX's attention needs rotary embeddings")
         length = block_attention.layout.text
-        cosine, sine = image_rotary_emb
-        image = project(attn, hidden_states)
-        if length == 0:
-            text, image = None, rotate(image, image_rotary_emb)
-        elif encoder_hidden_states is None:
-            both = rotate(image, image_rotary_emb)
-            text, image = tuple(part[:, :length] for part in both), tuple(part[:, length:] for part in both)
-        else:
-            text = rotate(project_text(attn, encoder_hidden_states), (cosine[:length], sine[:length]))
-            image = rotate(image, (cosine[length:], sine[length:]))
+        text, image = _text_and_image(attn, hidden_states, encoder_hidden_states, image_rotary_emb, length)
         if block_attention.recorded == []:
             block_attention.recorded.append((image[1], image[2]))
         text_out, image_out = attend(
@@ -77,7 +70,24 @@ class LayoutAttnProcessor:
         return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
 
 
-def project(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _text_and_image(
+    attn: FluxAttention, hidden: Tensor, text_hidden: Tensor | None, rotary: tuple[Tensor, Tensor], length: int
+) -> tuple[QueryKeyValue | None, QueryKeyValue]:
+    """Query, key and value of both parts: a single block gets `length` text tokens in front of the image's."""
+    if length == 0:
+        return None, rotate(project(attn, hidden), rotary)
+    if text_hidden is None:
+        query, key, value = rotate(project(attn, hidden), rotary)
+        return (
+            (query[:, :length], key[:, :length], value[:, :length]),
+            (query[:, length:], key[:, length:], value[:, length:]),
+        )
+    cosine, sine = rotary
+    text = rotate(project_text(attn, text_hidden), (cosine[:length], sine[:length]))
+    return text, rotate(project(attn, hidden), (cosine[length:], sine[length:]))
+
+
+def project(attn: FluxAttention, hidden: Tensor) -> QueryKeyValue:
     """Query, key and value `[B, S, H, D]` of image tokens `[B, S, C]`, or of all tokens in a single block."""
     query, key, value = (
         projection(hidden).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.to_q, attn.to_k, attn.to_v)
@@ -85,7 +95,7 @@ def project(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
     return attn.norm_q(query), attn.norm_k(key), value
 
 
-def project_text(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_text(attn: FluxAttention, hidden: Tensor) -> QueryKeyValue:
     """Query, key and value `[B, T, H, D]` of text tokens `[B, T, C]` in a double block."""
     query, key, value = (
         projection(hidden).unflatten(-1, (-1, attn.head_dim))
@@ -94,7 +104,7 @@ def project_text(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor, T
     return attn.norm_added_q(query), attn.norm_added_k(key), value
 
 
-def rotate(qkv: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def rotate(qkv: QueryKeyValue, rotary: tuple[Tensor, Tensor]) -> QueryKeyValue:
     """Query and key turned to their places; `rotary` is cosine and sine, `[S, D]` each."""
     query, key, value = qkv
     return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1), value
