@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 
-from scale_dit.evaluation.figures import project_root, record_figure
+from scale_dit.evaluation.figures import record_figure
 from scale_dit.lora import FILE_NAME
+from scale_dit.provenance import project_root
 
 ASSETS = project_root() / "assets"
 

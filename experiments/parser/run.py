@@ -20,8 +20,9 @@ from scipy import ndimage
 
 from scale_dit.data.parser import SceneScore, parse, score, summarise
 from scale_dit.data.scenes import render, sample_scene
-from scale_dit.evaluation.figures import commit, machine, record_figure
+from scale_dit.evaluation.figures import record_figure
 from scale_dit.evaluation.intervals import wilson
+from scale_dit.provenance import commit, machine
 
 HERE = Path(__file__).parent
 SIDES = (256, 1024)

@@ -12,7 +12,7 @@ trainer=${TRAINER:-ddp}
 arms=${ARMS:-"from_draft from_noise from_draft_no_lora no_lora no_guidance dense bicubic"}
 mkdir -p "$output"
 export PYTHONPATH=${PYTHONPATH:-}:src:kernels PYTHONUNBUFFERED=1
-common=(paths.tiny_base="$output/base" paths.log_dir="$output/logs" logger=csv trainer.enable_progress_bar=false)
+common=(paths.tiny_base="$output/base" paths.log_dir="$output/logs" logger=csv callbacks.progress=null)
 
 say() { echo "$(date +%T) $*" | tee -a "$output/progress"; }
 
@@ -29,15 +29,15 @@ stage() {  # name, seconds after which it is killed, command: run it, keep its l
 
 if [ "${VAE_TIME:-00:00:03:00}" != 0 ]; then
     stage vae "${VAE_LIMIT:-420}" python3 src/train.py experiment=tiny_vae "trainer=$trainer" "${common[@]}" \
-        "+trainer.max_time=${VAE_TIME:-00:00:03:00}" trainer.max_steps=100000 ${VAE_ARGS:-} || exit 1
+        "trainer.max_time=${VAE_TIME:-00:00:03:00}" trainer.max_steps=100000 ${VAE_ARGS:-} || exit 1
 fi
 if [ "${BASE_TIME:-00:00:12:00}" != 0 ]; then
     stage base "${BASE_LIMIT:-1100}" python3 src/train.py experiment=tiny_base "trainer=$trainer" "${common[@]}" \
-        "+trainer.max_time=${BASE_TIME:-00:00:12:00}" trainer.max_steps=100000 ${BASE_ARGS:-}
+        "trainer.max_time=${BASE_TIME:-00:00:12:00}" trainer.max_steps=100000 ${BASE_ARGS:-}
     [ -d "$output/base/transformer" ] || exit 1
 fi
 stage lora "${LORA_LIMIT:-300}" python3 src/train.py experiment=scale_dit_4k base=tiny "trainer=${LORA_TRAINER:-gpu}" \
-    "${common[@]}" "+trainer.max_time=${LORA_TIME:-00:00:01:30}" trainer.max_steps=100000 data.count=16000 \
+    "${common[@]}" "trainer.max_time=${LORA_TIME:-00:00:01:30}" trainer.max_steps=100000 data.count=16000 \
     data.batch_size=64 callbacks.ema.decay=0.99 "model.export=$output/lora" ${LORA_ARGS:-} || exit 1
 
 gpus=$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')

@@ -89,7 +89,8 @@ def test_no_lora_and_a_missing_one(tmp_path: Path) -> None:
 
 def test_eval_config_end_to_end(small_folder: Path, lora_folder: Path, tmp_path: Path) -> None:
     overrides = [
-        "+baseline=[dense,bicubic]", "metrics=scenes", "logger=csv", "n=2", "scale=2", f"base.path={small_folder}", "base.name=small",
+        "+baseline=[dense,bicubic]", "metrics=scenes", "logger=csv", "n=2", "scale=2",
+        f"base.path={small_folder}", "base.name=small",
         "base.native=128", "base.text_length=24", "base.steps=1", f"lora.path={lora_folder}", "device=cpu",
         f"paths.output_dir={tmp_path}",
     ]  # fmt: skip

@@ -130,9 +130,7 @@ def _enlarge(setting: Setting, prompts: list[str], seeds: list[int]) -> ArmOutpu
     return ArmOutput(images, cost.seconds, cost.peak_bytes, drafts)
 
 
-def choose_arms(
-    baselines: Mapping[str, Baseline], setting: Setting, only: list[str] | None = None
-) -> dict[str, Arm]:
+def choose_arms(baselines: Mapping[str, Baseline], setting: Setting, only: list[str] | None = None) -> dict[str, Arm]:
     """The method's arm, `scale_dit`, and the baselines', or those of them that `only` names.
 
     Raises:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
-
 from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
 
 from scale_dit.data.captions import caption
 from scale_dit.data.scene_batches import held_out_scenes

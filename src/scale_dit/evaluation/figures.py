@@ -15,19 +15,15 @@ import contextlib
 import csv
 import datetime
 import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from scale_dit.errors import UserError
+from scale_dit.provenance import commit, machine, project_root, running_command, versions_line
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "lightning", "torchmetrics", "triton")
 NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 
 
@@ -49,15 +45,6 @@ class FigureRow:
 
 
 COLUMNS = tuple(field.name for field in fields(FigureRow))
-
-
-def project_root() -> Path:
-    """The folder that holds `pyproject.toml`: above this file in a checkout, else above the working directory."""
-    for start in (Path(__file__).resolve(), Path.cwd().resolve()):
-        for folder in start.parents if start.is_file() else (start, *start.parents):
-            if (folder / "pyproject.toml").is_file():
-                return folder
-    return Path.cwd()
 
 
 def figures_file() -> Path:
@@ -102,7 +89,7 @@ def record_figure(
         n=n,
         command=command or running_command(),
         machine=machine(),
-        versions=versions(),
+        versions=versions_line(),
         commit=commit(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
@@ -140,47 +127,6 @@ def merge_rows(rows: Sequence[FigureRow], path: Path) -> None:
         os.replace(unfinished, path)
 
 
-def running_command() -> str:
-    """The command line that is running, as one would type it in the project's folder."""
-    program, *arguments = sys.argv
-    module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if module is not None and module.name:
-        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *arguments])
-    with contextlib.suppress(ValueError):
-        program = str(Path(program).resolve().relative_to(project_root()))
-    return shlex.join(["python", program, *arguments])
-
-
-def machine() -> str:
-    """GPU model and number if there is one, else processor and usable cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores"
-
-
-def versions() -> str:
-    """Versions of Python and of the packages that decide numbers, as `torch 2.14.0; ...`."""
-    found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return "; ".join(found)
-
-
-def commit() -> str:
-    """Short hash of the checked-out commit; empty outside a git checkout."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=project_root(), capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return answer.stdout.strip()
-
-
 def _parse(entry: Mapping[str, str]) -> FigureRow:
     def number(text: str) -> float | None:
         return float(text) if text else None
@@ -196,14 +142,6 @@ def _parse(entry: Mapping[str, str]) -> FigureRow:
 
 def _rounded(value: float) -> float:
     return float(f"{float(value):.6g}")
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_dit.evaluation.figures import FigureRow, project_root
+from scale_dit.evaluation.figures import FigureRow
+from scale_dit.provenance import project_root
 
 QUOTE = re.compile(r"(<!--\s*figure:(?P<name>[\w.]+)(?:\s+(?P<format>\S+))?\s*-->)(?P<text>.*?)(<!--\s*/figure\s*-->)")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?\Z")

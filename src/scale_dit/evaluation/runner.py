@@ -19,13 +19,13 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.evaluation.arms import Arm, Generator, as_arms, check_output, chunks
-from scale_dit.evaluation.figures import commit, machine, running_command, versions
 from scale_dit.evaluation.intervals import paired_difference
 from scale_dit.evaluation.metric import Metric, Record
 from scale_dit.evaluation.picture_grid import write_picture_grid
 from scale_dit.evaluation.pictures import load_picture, read_provenance
 from scale_dit.evaluation.report import Results, Row, cost_rows, print_results
 from scale_dit.evaluation.store import Store, check_arm_names
+from scale_dit.provenance import commit, machine, running_command, versions_line
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def _information(arms: Mapping[str, Arm], records: Sequence[Record]) -> dict[str
     return {
         "command": running_command(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions_line(),
         "commit": commit(),
         "settings": {name: dict(arm.settings or {}) for name, arm in arms.items()},
         "prompts": [record.prompt for record in records],

@@ -17,7 +17,7 @@ from torch import Tensor
 from scale_dit.errors import UserError
 from scale_dit.evaluation.pictures import fingerprint, read_provenance, save_picture
 from scale_dit.generation.pictures import Picture
-from scale_dit.run_record import git_commit, machine_name, package_versions
+from scale_dit.provenance import commit, machine, versions
 
 FINISHED = "pictures.jsonl"
 """List of the pictures of a finished run, beside them; it can be given as a prompt file again."""
@@ -70,9 +70,9 @@ class OutputFolder:
             **asdict(picture),
             "settings": dict(self.settings),
             "fingerprint": self._fingerprint(picture),
-            "versions": package_versions(),
-            "commit": git_commit(),
-            "machine": machine_name(),
+            "versions": versions(),
+            "commit": commit(),
+            "machine": machine(),
             **cost,
         }
         with writing(self.path):
