@@ -1,7 +1,7 @@
 """Gather evaluations of the embedded base at 1024 px into results.csv, the table in README.md, and the figures.
 
-    python src/eval.py base=tiny n=200 'metrics=[scenes,detail]' '+baseline=[...]'      on a GPU, see README.md
-    python experiments/tiny_1024/run.py EVALUATION_FOLDER ...
+python src/eval.py base=tiny n=200 'metrics=[scenes,detail]' '+baseline=[...]'      on a GPU, see README.md
+python experiments/tiny_1024/run.py EVALUATION_FOLDER ...
 """
 
 from __future__ import annotations

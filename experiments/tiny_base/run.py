@@ -1,7 +1,7 @@
 """How good is the embedded base? PSNR of its autoencoder, and what the parser finds in its pictures at 256 px.
 
-    python experiments/tiny_base/run.py            about 15 minutes on two cores, seconds on a GPU
-    python experiments/tiny_base/run.py --dry      print, record nothing
+python experiments/tiny_base/run.py            about 15 minutes on two cores, seconds on a GPU
+python experiments/tiny_base/run.py --dry      print, record nothing
 """
 
 from __future__ import annotations
