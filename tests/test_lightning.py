@@ -294,6 +294,7 @@ def test_a_batch_for_another_scale_is_refused_not_cut(make, batches):
         ({"dtype": "float8"}, "unknown dtype 'float8': use one of float32, bfloat16"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"method": Method(window=3)}, "Window 3 must be a multiple of the cell"),
+        ({"method": Method(guidance=False)}, "nothing to train: set method.guidance=true, or lora=all_tokens"),
         ({"initial_lora": "nowhere.safetensors"}, "does not exist"),
     ],
 )

@@ -83,6 +83,11 @@ class ScaleDiTModule(lightning.LightningModule):
             raise UserError(f"caption_dropout is {caption_dropout}, but it is a share: use 0 to 1, usually 0.1")
         check_backend(backend)
         check_optimiser(optimiser)
+        if lora.scope == "guidance" and not method.guidance:
+            raise UserError(
+                "the LoRA acts on the guidance tokens, but the method has none, so there is nothing to train: set "
+                "method.guidance=true, or lora=all_tokens"
+            )
         # Only plain values: a config object in a checkpoint cannot be loaded with weights_only.
         self.save_hyperparameters(ignore=["base", "method", "lora"])
         self.base_settings, self.method, self.lora_settings = base, method, lora
