@@ -171,16 +171,21 @@ def save_pipeline(components: dict[str, object], folder: str | Path, dtype: torc
     """Write the folder that `FluxPipeline.from_pretrained` reads, weights as safetensors in `dtype`."""
     pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **components)  # type: ignore[arg-type]
     pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
-    for name in ("text_encoder", "text_encoder_2"):
-        _declare_float32(Path(folder) / name / "config.json")
+    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        _tidy_config(Path(folder) / name / "config.json")
     return Path(folder)
 
 
-def _declare_float32(config_path: Path) -> None:
-    """Without a dtype argument transformers loads in the stored dtype and diffusers in float32: make them agree."""
-    config = json.loads(config_path.read_text())
-    config["dtype"] = "float32"
-    config_path.write_text(json.dumps(config, indent=2) + "\n")
+def _tidy_config(path: Path) -> None:
+    """Leave out the folder that a component was read from, and let all components load in one dtype.
+
+    Without a dtype argument transformers loads in the stored dtype, diffusers in float32.
+    """
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def geometry_record(geometry: TinyGeometry) -> dict[str, object]:
