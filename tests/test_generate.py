@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,18 +23,20 @@ from scale_dit.method import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 'a "large" (red) circle, it\'s a=b [c] ${d} \\'
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 METHOD = Method(order="hilbert")
 PICTURES = [Picture(index, PROMPT, "", index, 128, 256) for index in range(2)]
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *arguments: str) -> list[str]:
     geometry = {name: getattr(SETTINGS, name) for name in ("name", "native", "text_length", "steps")}
     base = [f"base.{name}={value}" for name, value in geometry.items()]
-    command = [sys.executable, str(ROOT / "src" / "generate.py"), "base=tiny", f"hydra.run.dir={folder}/log", *base]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, "lora.path=none", *arguments], cwd=folder, capture_output=True, text=True, env=offline
-    )
+    program = [sys.executable, str(ROOT / "src" / "generate.py"), "base=tiny", f"hydra.run.dir={folder}/log", *base]
+    return [*program, "lora.path=none", *arguments]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *arguments), cwd=folder, capture_output=True, text=True, env=OFFLINE)
 
 
 def quiet() -> Console:
@@ -64,6 +68,22 @@ def test_missing_weights_are_said_before_anything_else(tmp_path):
     assert ran.returncode == 2
     assert "base=tiny" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(small_folder, tmp_path):
+    arguments = (f"base.path={small_folder}", "prompt=a", "n=500", "height=128", "width=128", "output=out")
+    started = subprocess.Popen(
+        command(tmp_path, *arguments), cwd=tmp_path, stdout=subprocess.PIPE, env=OFFLINE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/*.png")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert "The same command with output=out goes on." in output
+    assert 0 < len(list(tmp_path.glob("out/*.png"))) < 500
+    assert not (tmp_path / "out" / "pictures.jsonl").exists()
 
 
 def test_the_same_settings_make_the_same_picture_and_go_on_where_they_stopped(small_settings, tmp_path):

@@ -10,7 +10,7 @@ import os
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger
@@ -130,7 +130,7 @@ def wandb_logger(
         id=wandb_run_id(Path(folder)),
         # An offline run with the same id is joined to the first one by `wandb sync`.
         resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(mode=mode, console="off", silent=mode != "online"),
+        settings=wandb.Settings(mode=cast(Any, mode), console="off", silent=mode != "online"),
         **options,
     )
     # W&B warns of this argument, whatever its value; Lightning always gives it.

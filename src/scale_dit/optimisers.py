@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import lightning
 import torch
 from lightning.pytorch.callbacks import Timer
+from torch import Tensor
 
 from scale_dit.errors import UserError
 
@@ -58,7 +59,7 @@ class BudgetCosine(torch.optim.lr_scheduler.LRScheduler):
         self.time_progress = 0.0
         super().__init__(optimiser)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the current step."""
         return [base * self._factor() for base in self.base_lrs]
 
@@ -72,7 +73,7 @@ class BudgetCosine(torch.optim.lr_scheduler.LRScheduler):
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _elapsed_share(self, step: int) -> float:
-        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]
         if timers and step % 20 == 0:
             elapsed, remaining = timers[0].time_elapsed("train"), timers[0].time_remaining("train")
             share = elapsed / max(1e-9, elapsed + remaining) if remaining is not None else 0.0

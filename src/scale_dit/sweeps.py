@@ -43,8 +43,9 @@ class RunFolders(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check what all jobs of a sweep share."""
         try:
-            if OmegaConf.select(config, "trainer") is not None:
-                check_sweep_devices(OmegaConf.to_container(config.trainer, resolve=True))
+            # Other keys of the trainer name the output folder, which is known in a job only.
+            keys = ("devices", "accelerator", "strategy", "num_nodes")
+            check_sweep_devices({key: OmegaConf.select(config, f"trainer.{key}") for key in keys})
             if OmegaConf.select(config, "resume"):
                 raise UserError(
                     "resume= goes on with one run, not with a sweep: resume each unfinished job by its folder"
@@ -80,11 +81,11 @@ def check_sweep_devices(trainer: dict[str, Any]) -> None:
     Raises:
         UserError: More than one device or node.
     """
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes") or 1
-    if device_count(devices, trainer.get("accelerator", "auto")) > 1 or nodes > 1:
+    devices, nodes = trainer.get("devices") or 1, trainer.get("num_nodes") or 1
+    if device_count(devices, trainer.get("accelerator") or "auto") > 1 or nodes > 1:
         raise UserError(
             f"a sweep (--multirun) runs each job on one device, but trainer.devices is {devices!r} on {nodes} node(s) "
-            f"(trainer.strategy={trainer.get('strategy', 'auto')}): use trainer.devices=1, or start the jobs one by one"
+            f"(trainer.strategy={trainer.get('strategy') or 'auto'}): use trainer.devices=1, or start the jobs one by one"
         )
 
 
@@ -124,7 +125,8 @@ def _overrides(job: Path) -> dict[str, str]:
     path = job / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return {}
-    return dict(override.lstrip("+~").partition("=")[::2] for override in OmegaConf.load(path))
+    overrides = [str(override).lstrip("+~").partition("=") for override in OmegaConf.load(path)]
+    return {name: value for name, _, value in overrides}
 
 
 def write_summary(rows: list[dict[str, Any]], path: Path) -> None:
@@ -137,6 +139,5 @@ def write_summary(rows: list[dict[str, Any]], path: Path) -> None:
     table = Table(*columns, title=str(path))
     for row in sorted(rows, key=lambda row: (row["loss"] == "", row["loss"])):
         table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in columns))
-    console = Console()
     # Without a terminal a table would be squeezed into 80 columns.
-    console.print(table, width=None if console.is_terminal else 160)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -104,5 +104,5 @@ class TrainableEMA(lightning.Callback):
 
 def averaged_weights(trainer: lightning.Trainer) -> Any:
     """A context in which the trainer's module holds averaged weights, if they are averaged."""
-    average = next((each for each in trainer.callbacks if isinstance(each, TrainableEMA)), None)  # type: ignore[attr-defined]
+    average = next((each for each in trainer.callbacks if isinstance(each, TrainableEMA)), None)
     return average.averaged(trainer.lightning_module) if average is not None and average.average else nullcontext()

@@ -30,10 +30,11 @@ class TrainingStatistics(lightning.Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """The gradient's norm; clipping comes after this hook."""
+        """The gradient's norm, and the rate of the step to come; clipping and the scheduler come after this hook."""
         if self._is_due(trainer, ahead=1):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Start the clock."""
@@ -51,7 +52,6 @@ class TrainingStatistics(lightning.Callback):
         seconds = time.perf_counter() - self._begin
         pl_module.log_dict(
             {
-                "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
                 "speed/steps_per_second": self._steps / seconds,
                 "speed/pictures_per_second": self._pictures / seconds,
                 "memory/peak_gib": peak_memory(pl_module.device) / GIB,
