@@ -1,7 +1,7 @@
 """Evaluate: the method beside its baselines, on the same prompts and seeds.
 
-    python src/eval.py base=tiny +baseline=dense
-    python src/eval.py base=tiny '+baseline=[dense,no_lora,no_guidance,bicubic]' n=200
+python src/eval.py base=tiny +baseline=dense
+python src/eval.py base=tiny '+baseline=[dense,no_lora,no_guidance,bicubic]' n=200
 """
 
 from __future__ import annotations

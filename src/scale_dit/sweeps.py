@@ -85,7 +85,7 @@ def check_sweep_devices(trainer: dict[str, Any]) -> None:
     if device_count(devices, trainer.get("accelerator") or "auto") > 1 or nodes > 1:
         raise UserError(
             f"a sweep (--multirun) runs each job on one device, but trainer.devices is {devices!r} on {nodes} node(s) "
-            f"(trainer.strategy={trainer.get('strategy') or 'auto'}): use trainer.devices=1, or start the jobs one by one"
+            f"(trainer.strategy={trainer.get('strategy') or 'auto'}): use trainer.devices=1, or start jobs one by one"
         )
 
 

@@ -62,7 +62,10 @@ def nearest_bucket(height: int, width: int, sizes: Sequence[Size]) -> int:
 class Bucketed(Protocol):
     """A map-style dataset that knows the bucket of each item without loading it."""
 
-    bucket_of: Sequence[int]
+    @property
+    def bucket_of(self) -> Sequence[int]:
+        """Bucket of each item."""
+        ...
 
 
 class BucketBatchSampler(Sampler[list[int]]):

@@ -75,7 +75,7 @@ class ScenePictures(lightning.LightningDataModule):
         """Held-out scenes."""
         return PackedScenes("validation", self.validation).loader(self.batch_size, workers=0)
 
-    def on_after_batch_transfer(self, batch: dict[str, object], _: int) -> dict[str, object]:
+    def on_after_batch_transfer(self, batch: dict[str, Any], _: int) -> dict[str, Any]:
         """Render, and put photograph crops in place of the last pictures while training."""
         size = self.size if self.trainer.training else self.validation_size
         picture = render_packed(batch["packed"], size, size)

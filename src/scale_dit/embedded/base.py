@@ -56,8 +56,8 @@ class TinyBaseModule(lightning.LightningModule):
         self.vae = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
         text = build_text(captions or sample_captions())
         self.tokenizer, self.tokenizer_2 = text["tokenizer"], text["tokenizer_2"]
-        self.text_encoder: nn.Module = text["text_encoder"]  # type: ignore[assignment]
-        self.text_encoder_2: nn.Module = text["text_encoder_2"]  # type: ignore[assignment]
+        self.text_encoder: nn.Module = text["text_encoder"]
+        self.text_encoder_2: nn.Module = text["text_encoder_2"]
         self.transformer = build_transformer()
         initialise_transformer(self.transformer)
         self.empty = self.tokenize([""])

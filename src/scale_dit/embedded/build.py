@@ -6,8 +6,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -101,7 +102,7 @@ def build_vae(geometry: TinyGeometry | None = None) -> AutoencoderKL:
     )
 
 
-def build_text(captions: list[str], geometry: TinyGeometry | None = None) -> dict[str, object]:
+def build_text(captions: list[str], geometry: TinyGeometry | None = None) -> dict[str, Any]:
     """Tokenizers learnt from captions, and freshly initialised CLIP and T5 text encoders that fit them."""
     geometry = geometry or TinyGeometry()
     tokenizer = train_clip_tokenizer(captions, geometry)
@@ -167,9 +168,9 @@ def initialise_transformer(transformer: FluxTransformer2DModel) -> None:
             torch.nn.init.zeros_(module.bias)
 
 
-def save_pipeline(components: dict[str, object], folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_pipeline(components: dict[str, Any], folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the folder that `FluxPipeline.from_pretrained` reads, weights as safetensors in `dtype`."""
-    pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **components)  # type: ignore[arg-type]
+    pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **components)
     pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
         _tidy_config(Path(folder) / name / "config.json")
@@ -186,8 +187,3 @@ def _tidy_config(path: Path) -> None:
     if "dtype" in config:
         config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def geometry_record(geometry: TinyGeometry) -> dict[str, object]:
-    """The geometry as plain data, for model cards and run records."""
-    return asdict(geometry)

@@ -16,6 +16,7 @@ from scale_dit.evaluation.arms import Arm, ArmOutput
 from scale_dit.lora import file_digest
 from scale_dit.method import Method
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.pipeline_output import ScaleDiTOutput
 
 
 @dataclass
@@ -104,6 +105,7 @@ def _generate(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
     )
+    assert isinstance(output, ScaleDiTOutput)
     drafts = pipeline.decode(output.draft_latents) if output.draft_latents is not None else None
     return ArmOutput(output.images, output.cost.seconds, output.cost.peak_bytes, drafts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -38,7 +39,7 @@ def evaluate_config(cfg: DictConfig) -> Results:
     metrics = hydra.utils.instantiate(cfg.metrics, _convert_="all")
     baselines = hydra.utils.instantiate(cfg.get("baselines") or {}, _convert_="all")
     output = Path(cfg.paths.output_dir)
-    write_run_record(output, OmegaConf.to_container(cfg, resolve=True), cfg.seed)
+    write_run_record(output, plain(cfg), cfg.seed)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline = ScaleDiTPipeline.from_pretrained(
         base.path, settings=base, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -50,7 +51,7 @@ def evaluate_config(cfg: DictConfig) -> Results:
         draft_steps=cfg.draft_steps, guidance_scale=cfg.guidance_scale, draft_guidance_scale=cfg.draft_guidance_scale,
     )  # fmt: skip
     loggers = [hydra.utils.instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
-    arms = choose_arms(baselines, setting, OmegaConf.to_container(cfg.only) if cfg.only else None)
+    arms = choose_arms(baselines, setting, list(cfg.only) if cfg.only else None)
     scenes = held_out_scenes(cfg.n, aspect=width / height)
     return evaluate(
         arms,
@@ -67,6 +68,13 @@ def evaluate_config(cfg: DictConfig) -> Results:
         grid_rows=cfg.grid_rows,
         summary=partial(log_summary, loggers),
     )
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain values."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def log_summary(loggers: list[Logger | None], numbers: dict[str, float], grid: Path | None) -> None:
