@@ -136,8 +136,11 @@ def write_summary(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     columns = [name for name in rows[0] if name != "reason" or any(row["reason"] for row in rows)]
-    table = Table(*columns, title=str(path))
+    table = Table(*columns)
     for row in sorted(rows, key=lambda row: (row["loss"] == "", row["loss"])):
         table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in columns))
     # Without a terminal a table would be squeezed into 80 columns.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    # A path that is broken over two lines cannot be copied.
+    console.print(f"summary: {path}", soft_wrap=True, highlight=False)
