@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -18,10 +19,26 @@ from scale_dit.data.scenes import Scene, pack, render_packed, sample_scene
 
 
 class PackedScenes(Dataset):
-    """Scene `index` of a split as renderer parameters (a dict of tensors without the batch axis) and its caption."""
+    """Scene `index` of a split, collated into renderer parameters (a dict of tensors) and captions.
 
-    def __init__(self, split: str, count: int, first: int = 0, aspect: float = 1.0):
+    Args:
+        split: One of `scenes.SPLITS`.
+        count: Number of scenes.
+        first: Seed of the first scene.
+        aspect: Width / height.
+        tokenize: Turns a batch of captions into tensors, in the worker; they are added to the batch as `tokens`.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        count: int,
+        first: int = 0,
+        aspect: float = 1.0,
+        tokenize: Callable[[list[str]], Any] | None = None,
+    ):
         self.split, self.count, self.first, self.aspect = split, count, first, aspect
+        self.tokenize = tokenize
 
     def __len__(self) -> int:
         return self.count
@@ -31,11 +48,21 @@ class PackedScenes(Dataset):
 
     def collate(self, scenes: Sequence[Scene]) -> dict[str, object]:
         """Pack scenes and write their captions, in the worker."""
-        return {"packed": pack(scenes), "caption": [caption(scene, scene.seed) for scene in scenes]}
+        captions = [caption(scene, scene.seed) for scene in scenes]
+        batch = {"packed": pack(scenes), "caption": captions}
+        return batch if self.tokenize is None else batch | {"tokens": self.tokenize(captions)}
 
     def loader(self, batch_size: int, workers: int) -> DataLoader:
         """A loader over the scenes in order."""
         return DataLoader(self, batch_size=batch_size, num_workers=workers, collate_fn=self.collate)
+
+    def rendered(
+        self, height: int, width: int, device: torch.device, batch_size: int, workers: int
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Pictures `[B, 3, height, width]` in [0, 1] on `device`, each with the batch that it was rendered from."""
+        for batch in self.loader(batch_size, workers):
+            packed = {name: tensor.to(device) for name, tensor in batch["packed"].items()}
+            yield render_packed(packed, height, width), batch
 
 
 class ScenePictures(lightning.LightningDataModule):
@@ -161,18 +188,17 @@ class SceneLatents(lightning.LightningDataModule):
     @torch.no_grad()
     def _encode_bucket(self, height: int, width: int, count: int, position: int) -> dict[str, Tensor]:
         module, device = self.trainer.lightning_module, self.trainer.strategy.root_device
-        vae = module.vae.to(device)
+        # A copy in the layout and precision in which a GPU convolves fastest.
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        vae = copy.deepcopy(module.vae).to(device, dtype, memory_format=torch.channels_last)
         first = (self.trainer.global_rank * len(self.sizes) + position) * 10_000_000
-        scenes = PackedScenes("train", count, first, aspect=width / height)
+        scenes = PackedScenes("train", count, first, width / height, module.tokenize)
         columns: dict[str, list[Tensor]] = {"latents": [], "clip_ids": [], "t5_ids": []}
-        for batch in scenes.loader(256, self.workers):
-            packed = {name: tensor.to(device) for name, tensor in batch["packed"].items()}
-            picture = render_packed(packed, height, width) * 2 - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                latents = vae.encode(picture).latent_dist.mean
+        for picture, batch in scenes.rendered(height, width, device, 256, self.workers):
+            latents = vae.encode((picture * 2 - 1).to(dtype, memory_format=torch.channels_last)).latent_dist.mean
             latents = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
-            clip_ids, t5_ids = module.tokenize(batch["caption"])
-            columns["latents"].append(latents.bfloat16())
+            clip_ids, t5_ids = batch["tokens"]
+            columns["latents"].append(latents.bfloat16().contiguous())
             columns["clip_ids"].append(clip_ids.to(device, torch.int16))
             columns["t5_ids"].append(t5_ids.to(device, torch.int16))
         return {name: torch.cat(tensors) for name, tensors in columns.items()}
@@ -218,8 +244,8 @@ class ScenePairs(lightning.LightningDataModule):
         device = self.trainer.strategy.root_device
         base.to(device)
         parts = []
-        for batch in PackedScenes("train", self.count, self.trainer.global_rank * 10_000_000).loader(64, self.workers):
-            picture = render_packed({name: tensor.to(device) for name, tensor in batch["packed"].items()}, size, size)
+        scenes = PackedScenes("train", self.count, self.trainer.global_rank * 10_000_000)
+        for picture, batch in scenes.rendered(size, size, device, 64, self.workers):
             pair = encode_batch(
                 picture, batch["caption"], base.encode_images, base.encode_prompts, self.scale,
                 base.settings.token_size, self.guidance_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,27 @@ import lightning
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, T5TokenizerFast
 
+from scale_dit.attention._dense import avoid_failing_kernels
 from scale_dit.embedded.build import build_text, build_transformer, initialise_transformer, save_pipeline
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings
 from scale_dit.optimisers import warmup_cosine
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Captions to token ids as FluxPipeline makes them: CLIP `[B, 77]` and T5 `[B, 64]`, padded, without a mask."""
+
+    clip: CLIPTokenizer
+    t5: T5TokenizerFast
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Both tokenizers' ids."""
+        clip = self.clip(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        t5 = self.t5(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return clip.input_ids, t5.input_ids
 
 
 class TinyBaseModule(lightning.LightningModule):
@@ -56,24 +73,20 @@ class TinyBaseModule(lightning.LightningModule):
         self.vae = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
         text = build_text(captions or sample_captions())
         self.tokenizer, self.tokenizer_2 = text["tokenizer"], text["tokenizer_2"]
+        self.tokenize = Tokenizers(self.tokenizer, self.tokenizer_2)
         self.text_encoder: nn.Module = text["text_encoder"]
         self.text_encoder_2: nn.Module = text["text_encoder_2"]
         self.transformer = build_transformer()
         initialise_transformer(self.transformer)
         self.empty = self.tokenize([""])
 
-    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids as FluxPipeline makes them: CLIP `[B, 77]` and T5 `[B, 64]`, padded, without a mask."""
-        clip = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        t5 = self.tokenizer_2(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return clip.input_ids, t5.input_ids
-
     def on_fit_start(self) -> None:
-        """Prepare a GPU: cuDNN's attention failed with an illegal access at 320 tokens and heads of 32 (torch 2.11)."""
-        if self.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            if self.hparams.compile:
-                self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        """Prepare a GPU."""
+        avoid_failing_kernels(self.transformer.config.attention_head_dim)
+        if self.device.type == "cuda" and self.hparams.compile:
+            # Blocks are compiled one by one, so gradients overlap with their reduction without splitting graphs.
+            torch._dynamo.config.optimize_ddp = False
+            self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """One flow-matching step."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scale_dit.anchors import ntk_theta
+from scale_dit.attention._dense import avoid_failing_kernels
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
@@ -57,6 +58,7 @@ class Flux1:
         self.gradient_checkpointing = gradient_checkpointing
         self.guidance_adapters: tuple[str, ...] = ()
         self.image_adapters: tuple[str, ...] = ()
+        avoid_failing_kernels(self.transformer.config.attention_head_dim)
         self.transformer.set_attn_processor(LayoutAttnProcessor())
 
     @classmethod
