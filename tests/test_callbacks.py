@@ -18,6 +18,7 @@ from scale_dit.callbacks.ema import TrainableEMA, averaged_weights
 from scale_dit.callbacks.progress import TrainingProgress
 from scale_dit.callbacks.samples import SamplePictures
 from scale_dit.callbacks.statistics import batch_size, peak_memory
+from scale_dit.callbacks.time_limit import TimeLimit
 from scale_dit.entry import train
 from scale_dit.errors import UserError
 from scale_dit.loggers import has_wandb_key, wandb_logger, wandb_run_id
@@ -229,3 +230,15 @@ def test_wandb_offline_keeps_its_run_over_a_resumption(
 
     assert wandb.run is None
     assert math.isfinite(checkpoint(tmp_path)["global_step"])
+
+
+def test_time_limit_ends_a_run_at_its_next_look_at_the_clock(small_folder: Path, tmp_path: Path) -> None:
+    limit = "+callbacks.limit={_target_:scale_dit.callbacks.time_limit.TimeLimit,duration:'00:00:00:00',every_n_steps:3}"
+    _, objects = train(training_config(small_folder, tmp_path, "trainer.max_steps=100", limit))
+    assert objects["trainer"].global_step == 0  # time that is spent already ends it before the first step
+    late = TimeLimit("00:00:00:00", every_n_steps=3)
+    asked = []
+    trainer = SimpleNamespace(global_step=0, should_stop=False, strategy=SimpleNamespace(broadcast=asked.append))
+    for trainer.global_step in range(1, 8):
+        late.on_train_batch_end(trainer, None, None, None, 0)
+    assert asked == [True, True]  # after steps 3 and 6

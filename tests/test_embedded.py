@@ -186,7 +186,7 @@ def base_training(tmp_path_factory: pytest.TempPathFactory):
         vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
         export_vae(vae, folder)
         module = TinyBaseModule(
-            str(folder), SETTINGS, CAPTIONS, learning_rate=2e-2, largest_offset=8, export=str(folder)
+            str(folder), SETTINGS, CAPTIONS, learning_rate=2e-2, largest_offset=8, offset_share=0.5, export=str(folder)
         )
         clip_ids, t5_ids = module.tokenize(CAPTIONS[:2])
         batch = {"latents": noise(2, 16, 16, 16) * 0.1, "clip_ids": clip_ids, "t5_ids": t5_ids}
@@ -213,7 +213,7 @@ def test_exported_base_runs_in_stock_diffusers_and_in_the_pipeline(base_training
     _, folder, module, _ = base_training
     stock = FluxPipeline.from_pretrained(folder)
     assert stock.vae.config.scaling_factor == 2.0
-    assert stock.scheduler.config.shift == 1.0
+    assert stock.scheduler.config.shift == SETTINGS.shift
     assert BaseSettings.of(str(folder)) == replace(SETTINGS, path=str(folder))
     ids = module.tokenize(["a large red circle on sand"])
     prompt = stock.encode_prompt("a large red circle on sand", max_sequence_length=24)
@@ -222,6 +222,31 @@ def test_exported_base_runs_in_stock_diffusers_and_in_the_pipeline(base_training
     torch.testing.assert_close(prompt[0], stored, rtol=0, atol=1e-5)
     images = ScaleDiTPipeline.from_pretrained(folder)("a circle", 256, 256, num_inference_steps=1, draft_steps=1).images
     assert images[0].size == (256, 256)
+
+
+def test_training_goes_on_from_a_base(base_training, tmp_path: Path):
+    _, folder, module, _ = base_training
+    again = TinyBaseModule(str(folder), SETTINGS, initial=str(folder))
+    weights, stored = again.state_dict(), FluxPipeline.from_pretrained(folder).transformer.state_dict()
+    assert all(torch.equal(weights[f"transformer.{name}"], value) for name, value in stored.items())
+    assert all(torch.equal(a, b) for a, b in zip(again.tokenize(CAPTIONS), module.tokenize(CAPTIONS), strict=True))
+    trained = {name.split(".")[0] for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert trained == {"transformer", "text_encoder", "text_encoder_2"}
+    with pytest.raises(UserError, match="leave model.initial=null"):
+        TinyBaseModule(str(folder), SETTINGS, initial=str(tmp_path))
+
+
+def test_noise_levels_are_shifted_towards_noise(base_training):
+    module = base_training[2]
+    torch.manual_seed(0)
+    module.settings, plain = replace(SETTINGS, shift=1.0), module.settings
+    unshifted = module._noise_levels(20_000)
+    module.settings = replace(SETTINGS, shift=3.0)
+    shifted = module._noise_levels(20_000)
+    module.settings = plain
+    assert unshifted.median().item() == pytest.approx(0.5, abs=0.02)
+    assert shifted.median().item() == pytest.approx(0.75, abs=0.02)  # 3/2 / (1 + 2/2)
+    assert (shifted > 0.9).float().mean() > 8 * (unshifted > 0.9).float().mean()
 
 
 def test_positions_are_the_pipelines_own_or_shifted_as_a_whole(base_training):
@@ -255,15 +280,12 @@ def test_packing_is_the_pipelines_own():
 
 def test_base_without_an_autoencoder_says_which_command_makes_one(tmp_path: Path):
     with pytest.raises(UserError, match=r"python src/train.py experiment=tiny_vae"):
-        TinyBaseModule(str(tmp_path))
+        TinyBaseModule(str(tmp_path), SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def trained() -> Path:
-    folder = ASSETS / "tiny-flux"
-    if not folder.is_dir():
-        pytest.skip("assets/tiny-flux is not there")
-    return folder
+    return ASSETS / "tiny-flux"
 
 
 def test_trained_base_is_small_and_complete(trained: Path):
@@ -288,8 +310,6 @@ def test_trained_base_in_stock_diffusers_is_our_draft(trained: Path):
 
 def test_trained_lora_loads_in_stock_diffusers_and_here(trained: Path):
     folder = ASSETS / "tiny-lora"
-    if not folder.is_dir():
-        pytest.skip("assets/tiny-lora is not there")
     tensors, record = read_lora(folder)
     assert record["base"] == "tiny"
     assert any(value.abs().max() > 0 for key, value in tensors.items() if ".lora_B" in key)

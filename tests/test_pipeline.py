@@ -252,6 +252,7 @@ def test_a_callback_that_returns_nothing_changes_nothing(pipeline):
         ({"height": 32, "width": 32}, "Window 4 is larger than the picture's grid of 2 x 2 tokens"),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg': use one of pil, np, pt, latent"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"height": -256}, "Height -256 px"),
         ({"num_inference_steps": 0}, "number of steps is 0"),
         ({"draft_steps": 0}, "number of steps is 0"),
         ({"start": 0.0}, "start is 0.0"),
@@ -271,6 +272,17 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(pipeline, changes
     assert not passes
 
 
+def test_a_prompt_that_is_cut_is_named_in_one_line(pipeline, caplog):
+    long = "a large red circle on sand, " * 30 + "and a blue star"
+    with caplog.at_level(logging.WARNING):
+        cut = pipeline.base.encode_prompts([long, PROMPTS[0]])
+        assert torch.equal(cut.tokens[1:], pipeline.base.encode_prompts(PROMPTS[:1]).tokens)
+    assert [record.name for record in caplog.records] == ["scale_dit.models.flux1"]
+    assert "reads 24 of this prompt's" in caplog.text
+    assert "and a blue star" in caplog.text
+    assert "pad" not in caplog.text
+
+
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A LoRA file of each scope, and one of another base."""
@@ -288,8 +300,10 @@ def test_lora_is_loaded_replaced_and_removed(pipeline, loras, caplog):
     names = set(pipeline.transformer.state_dict())
     with caplog.at_level(logging.WARNING):
         pipeline.load_lora_weights(loras["guidance"])
+        guided = latents_of(pipeline)
+        assert "trained with scale" not in caplog.text  # 256 px are twice this base's native side
+        latents_of(pipeline, height=512, width=512, num_inference_steps=1)
     assert "trained with scale=2, now it is 4.0" in caplog.text
-    guided = latents_of(pipeline)
     assert not torch.allclose(plain, guided, atol=1e-3)
     pipeline.load_lora_weights(loras["all"])
     assert pipeline.base.image_adapters

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 HARMLESS_WARNINGS = (
     # The base is frozen and in evaluation mode on purpose.
@@ -17,7 +19,19 @@ HARMLESS_WARNINGS = (
     r"The 'train_dataloader' does not have many workers",
     r"The 'val_dataloader' does not have many workers",
 )
-HARMLESS_LOG_LINES = ("litlogger", "TPU available", "HPU available", "GPU available: False")
+HARMLESS_LOG_LINES = (
+    "litlogger",
+    "TPU available",
+    "HPU available",
+    "GPU available: False",
+    # An empty list of modules.
+    "that should be kept in float32: []",
+)
+FILTERED_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "diffusers.models.modeling_utils",
+)
 
 
 class _WithoutHarmless(logging.Filter):
@@ -33,9 +47,23 @@ def quiet_libraries() -> None:
 
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in FILTERED_LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(each, _WithoutHarmless) for each in logger.filters):
             logger.addFilter(_WithoutHarmless())
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def truncating_quietly() -> Iterator[None]:
+    """Inside, libraries do not print what they cut off, which for a batch is a wall of padding."""
+    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines", "transformers.tokenization_utils_base")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

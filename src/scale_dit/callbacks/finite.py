@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning
 import torch
 from torch import Tensor
@@ -11,20 +13,44 @@ from scale_dit.errors import UserError
 
 
 class FiniteLoss(lightning.Callback):
-    """Stops before a loss that is not finite reaches the weights, and names the step and the remedy."""
+    """Stops before a loss that is not finite reaches the weights, and names the step and the remedy.
+
+    On a GPU the loss travels to the host while the backward pass is under way, so that the check does not let the GPU
+    run idle.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        """Check the loss of every step."""
-        if bool(torch.isfinite(loss.detach()).all()):
-            return
-        checkpoint = last_checkpoint(trainer)
-        kept = f" {checkpoint.last_good.capitalize()}." if checkpoint else ""
-        rate = getattr(pl_module.hparams, "learning_rate", None)
-        raise UserError(
-            f"the loss is {float(loss.detach().mean())} in step {trainer.global_step + 1}; training stopped before it "
-            f"reached the weights.{kept} Start again with a lower model.learning_rate (now {rate}), a smaller "
-            f"trainer.gradient_clip_val (now {trainer.gradient_clip_val}) or trainer.precision=32-true (now "
-            f"{trainer.precision})"
-        )
+        """Send the loss to the host."""
+        event = None
+        value = loss.detach().mean().to("cpu", non_blocking=True)
+        if loss.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._losses.append((value, event))
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Any
+    ) -> None:
+        """Check the losses of every batch that this step learns from."""
+        losses, self._losses = self._losses, []
+        for value, event in losses:
+            if event is not None:
+                event.synchronize()
+            if not bool(torch.isfinite(value)):
+                raise UserError(_message(trainer, pl_module, float(value)))
+
+
+def _message(trainer: lightning.Trainer, module: lightning.LightningModule, loss: float) -> str:
+    checkpoint = last_checkpoint(trainer)
+    kept = f" {checkpoint.last_good.capitalize()}." if checkpoint else ""
+    rate = getattr(module.hparams, "learning_rate", None)
+    return (
+        f"the loss is {loss} in step {trainer.global_step + 1}; training stopped before it reached the weights.{kept} "
+        f"Start again with a lower model.learning_rate (now {rate}), a smaller trainer.gradient_clip_val (now "
+        f"{trainer.gradient_clip_val}) or trainer.precision=32-true (now {trainer.precision})"
+    )

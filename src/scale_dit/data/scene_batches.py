@@ -49,7 +49,7 @@ class PackedScenes(Dataset):
     def collate(self, scenes: Sequence[Scene]) -> dict[str, object]:
         """Pack scenes and write their captions, in the worker."""
         captions = [caption(scene, scene.seed) for scene in scenes]
-        batch = {"packed": pack(scenes), "caption": captions}
+        batch: dict[str, object] = {"packed": pack(scenes), "caption": captions}
         return batch if self.tokenize is None else batch | {"tokens": self.tokenize(captions)}
 
     def loader(self, batch_size: int, workers: int) -> DataLoader:

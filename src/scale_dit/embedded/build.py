@@ -168,9 +168,18 @@ def initialise_transformer(transformer: FluxTransformer2DModel) -> None:
             torch.nn.init.zeros_(module.bias)
 
 
-def save_pipeline(components: dict[str, Any], folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the folder that `FluxPipeline.from_pretrained` reads, weights as safetensors in `dtype`."""
-    pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **components)
+def save_pipeline(
+    components: dict[str, Any], folder: str | Path, dtype: torch.dtype = torch.bfloat16, shift: float = 1.0
+) -> Path:
+    """Write the folder that `FluxPipeline.from_pretrained` reads, weights as safetensors in `dtype`.
+
+    Args:
+        components: Those of `FluxPipeline` but the scheduler; its modules are cast in place.
+        folder: Where to.
+        dtype: Of the weights.
+        shift: Of the scheduler's noise levels.
+    """
+    pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), **components)
     pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
         _tidy_config(Path(folder) / name / "config.json")

@@ -7,6 +7,7 @@ without running the network again.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import ClassVar
@@ -73,7 +74,7 @@ class SetMetric:
         return f"{self.network.preprocessing}; {extra}; torchmetrics {version('torchmetrics')}"
 
 
-class _AgainstReference(SetMetric):
+class _AgainstReference(SetMetric, ABC):
     """A distance to the true pictures. Each true picture enters once, whichever arm brings it."""
 
     def update(self, arm: str, images: Tensor, prompts: Sequence[str], records: Sequence[Record]) -> None:
@@ -98,17 +99,17 @@ class _AgainstReference(SetMetric):
         )
         return {self.name: Figure(value, *self.interval(true, made, value), len(made), "", note)}
 
+    @abstractmethod
     def distance(self, true: Tensor, made: Tensor) -> float:
         """Distance between two sets of features `[N, D]` and `[M, D]`, by torchmetrics."""
-        raise NotImplementedError
 
     def floor(self, true: Tensor) -> float:
         """Distance between the even and the odd true pictures: what no method can be expected to undercut."""
         return self.distance(true[::2], true[1::2])
 
+    @abstractmethod
     def interval(self, true: Tensor, made: Tensor, value: float) -> tuple[float | None, float | None]:
         """95 % interval around `value`, over the made pictures; (None, None) where it would cost too much."""
-        raise NotImplementedError
 
 
 class FrechetDistance(_AgainstReference):

@@ -7,6 +7,7 @@ pass has no text and no noise and needs keys and values only, and the timestep s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
 from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, project, rotate
 from scale_dit.models.settings import BaseSettings
+from scale_dit.quiet import truncating_quietly
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,18 @@ class Flux1:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Encode prompts with both text encoders; text beyond `settings.text_length` tokens is cut with a warning."""
-        tokens, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.settings.text_length)
+        """Encode prompts with both text encoders; text beyond `settings.text_length` tokens is cut with a warning.
+
+        What CLIP cuts at 77 tokens as ever is not worth one: the transformer sees only its pooled vector.
+        """
+        length = self.settings.text_length
+        for prompt in dict.fromkeys(prompts):
+            ids = self.pipeline.tokenizer_2(prompt, truncation=False, verbose=False).input_ids
+            if len(ids) > length:
+                cut = self.pipeline.tokenizer_2.decode(ids[length - 1 :], skip_special_tokens=True)
+                log.warning("the base reads %d of this prompt's %d tokens; it does not see: %s", length, len(ids), cut)
+        with truncating_quietly():
+            tokens, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=length)
         return Text(tokens.to(self.dtype), pooled.to(self.dtype))
 
     @torch.no_grad()

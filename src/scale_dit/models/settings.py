@@ -67,18 +67,15 @@ class BaseSettings:
         """
         if (Path(self.path) / "model_index.json").is_file():
             return
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        )
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-        reasons = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
         try:
-            hf_hub_download(self.path, "model_index.json", etag_timeout=5)
-        except reasons as reason:
+            if isinstance(try_to_load_from_cache(self.path, "model_index.json"), str):
+                return
+            # One request without retries, which a gated model refuses too. What an unreachable host raises depends on
+            # the HTTP library underneath; their errors have no base class but this.
+            get_hf_file_metadata(hf_hub_url(self.path, "model_index.json"), timeout=5)
+        except Exception as reason:
             first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else ""
             raise UserError(
                 f"the weights of base {self.name!r} are neither in the folder {self.path!r} nor to be had from the "
