@@ -89,22 +89,24 @@ def test_a_row_that_reads_nothing_gives_zero_and_finite_gradients():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "masked"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_sdpa_equals_the_reference_with_gradients(name):
+def test_gradients_equal_the_reference(name, backend):
     layout = LAYOUTS[name]
     inputs = random_inputs(layout)
     expected = output_and_gradients(inputs, layout, "reference")
-    for actual, wanted in zip(output_and_gradients(inputs, layout, "sdpa"), expected, strict=True):
+    for actual, wanted in zip(output_and_gradients(inputs, layout, backend), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
 
 
 @settings(deadline=None, max_examples=60)
 @given(layouts())
-def test_sdpa_equals_the_reference_on_random_layouts(layout):
+def test_random_layouts_equal_the_reference(layout):
     inputs = random_inputs(layout)
     expected = output_and_gradients(inputs, layout, "reference")
-    for actual, wanted in zip(output_and_gradients(inputs, layout, "sdpa"), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
+    for backend in ("sdpa", "masked"):
+        for actual, wanted in zip(output_and_gradients(inputs, layout, backend), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
@@ -144,7 +146,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "masked"])
 def test_one_window_without_guidance_is_plain_attention(backend):
     layout = LAYOUTS["dense"]
     text, image, _ = random_inputs(layout)
@@ -161,7 +163,7 @@ def test_the_memory_order_does_not_change_the_picture():
         layout = dataclasses.replace(raster, order=order)
         ordered_image = tuple(part[:, layout.image_order] for part in image)
         ordered_guidance = tuple(part[:, layout.guidance_order] for part in guidance)
-        text_out, image_out = attend(text, ordered_image, ordered_guidance, layout)
+        text_out, image_out = attend(text, ordered_image, ordered_guidance, layout, "sdpa")
         results.append(torch.cat([text_out, image_out[:, layout.image_order.argsort()]], dim=1))
     torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(results[2], results[0])
@@ -171,7 +173,7 @@ def test_the_scale_is_respected():
     text, image, guidance = random_inputs(SQUARE)
     doubled = [(2 * stream[0], *stream[1:]) for stream in (text, image)]
     expected = attend(*doubled, guidance, SQUARE, "reference")
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "sdpa", "masked"):
         actual = attend(text, image, guidance, SQUARE, backend, scale=2 * HEAD_DIM**-0.5)
         torch.testing.assert_close(actual, expected)
 
@@ -199,7 +201,7 @@ def test_flex_equals_the_reference(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["square", "ragged", "guidance pass"])
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "masked", "flex"])
 def test_gradients_on_a_gpu_equal_the_reference(backend, name):
     layout = LAYOUTS[name]
     inputs = random_inputs(layout, torch.float32, head_dim=32, device="cuda")
@@ -219,13 +221,23 @@ def test_flex_refuses_dtypes_that_it_would_not_run():
 
 
 def test_auto_takes_an_exact_backend_and_says_why():
-    backend, reason = choose_backend(torch.device("cpu"), torch.float32, SQUARE)
-    assert backend in backends()
-    assert reason
+    for side, expected in ((16, "masked"), (64, "sdpa")):
+        layout = dataclasses.replace(SQUARE, image=Grid(side, side, 4))
+        backend, reason = choose_backend(torch.device("cpu"), torch.float32, layout)
+        assert backend == expected
+        assert backend in backends()
+        assert reason
+
+
+def test_a_mask_that_would_fill_the_memory_is_refused():
+    layout = Layout(0, Grid(128, 136, 4), window=8)
+    image = tuple(torch.zeros(1, layout.image.tokens, 1, 8) for _ in range(3))
+    with pytest.raises(UserError, match=r"up to 16384 keys, but this one has 17408: use attention=auto"):
+        attend(None, image, None, layout, "masked")
 
 
 def test_unknown_backends_name_the_known():
-    with pytest.raises(UserError, match=r"'flash'.*auto, flex, reference, sdpa"):
+    with pytest.raises(UserError, match=r"'flash'.*auto, flex, masked, reference, sdpa"):
         attend(*random_inputs(SQUARE), SQUARE, "flash")
 
 

@@ -233,7 +233,9 @@ def test_wandb_offline_keeps_its_run_over_a_resumption(
 
 
 def test_time_limit_ends_a_run_at_its_next_look_at_the_clock(small_folder: Path, tmp_path: Path) -> None:
-    limit = "+callbacks.limit={_target_:scale_dit.callbacks.time_limit.TimeLimit,duration:'00:00:00:00',every_n_steps:3}"
+    limit = (
+        "+callbacks.limit={_target_:scale_dit.callbacks.time_limit.TimeLimit,duration:'00:00:00:00',every_n_steps:3}"
+    )
     _, objects = train(training_config(small_folder, tmp_path, "trainer.max_steps=100", limit))
     assert objects["trainer"].global_step == 0  # time that is spent already ends it before the first step
     late = TimeLimit("00:00:00:00", every_n_steps=3)

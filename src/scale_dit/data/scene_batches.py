@@ -161,7 +161,7 @@ class SceneLatents(lightning.LightningDataModule):
         batch_size: Scenes a step and device.
         sizes: `(height, width, share)`: native sizes in px, as FLUX was trained at several.
         workers: Loader processes while rendering.
-        seed: Order of the batches.
+        seed: Which scenes, and the order of the batches; a base that is trained further wants another one.
     """
 
     def __init__(
@@ -191,7 +191,8 @@ class SceneLatents(lightning.LightningDataModule):
         # A copy in the layout and precision in which a GPU convolves fastest.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         vae = copy.deepcopy(module.vae).to(device, dtype, memory_format=torch.channels_last)
-        first = (self.trainer.global_rank * len(self.sizes) + position) * 10_000_000
+        part = self.seed * self.trainer.world_size + self.trainer.global_rank
+        first = (part * len(self.sizes) + position) * 10_000_000
         scenes = PackedScenes("train", count, first, width / height, module.tokenize)
         columns: dict[str, list[Tensor]] = {"latents": [], "clip_ids": [], "t5_ids": []}
         for picture, batch in scenes.rendered(height, width, device, 256, self.workers):
