@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_bases import CAPTIONS, GEOMETRY, SETTINGS, noise
 
+from scale_dit.data.captions import caption
 from scale_dit.data.render import render
+from scale_dit.data.scene_batches import SceneLatents
 from scale_dit.data.scene_sampling import sample_scene
 from scale_dit.embedded.base import TinyBaseModule, pack, sample_captions
 from scale_dit.embedded.build import (
@@ -247,6 +249,28 @@ def test_noise_levels_are_shifted_towards_noise(base_training):
     assert unshifted.median().item() == pytest.approx(0.5, abs=0.02)
     assert shifted.median().item() == pytest.approx(0.75, abs=0.02)  # 3/2 / (1 + 2/2)
     assert (shifted > 0.9).float().mean() > 8 * (unshifted > 0.9).float().mean()
+
+
+def test_base_trains_on_scenes_of_several_sizes(base_training):
+    _, folder, module, _ = base_training
+    data = SceneLatents(count=10, batch_size=3, sizes=[(64, 64, 0.6), (32, 64, 0.4)], workers=0)
+    again = TinyBaseModule(str(folder), SETTINGS, initial=str(folder))
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(again, datamodule=data)
+    assert trainer.global_step == 2
+    assert [tuple(bucket["latents"].shape) for bucket in data.buckets] == [(6, 16, 8, 8), (4, 16, 4, 8)]
+    # the second bucket's scenes have their own seeds and shape, and their tokens lie beside them
+    scenes = [sample_scene(10_000_000 + index, aspect=2.0) for index in range(4)]
+    with torch.no_grad():
+        mean = again.vae.encode(render(scenes, 32, 64) * 2 - 1).latent_dist.mean
+    latents = (mean - again.vae.config.shift_factor) * again.vae.config.scaling_factor
+    torch.testing.assert_close(data.buckets[1]["latents"], latents.bfloat16(), rtol=0.02, atol=0.02)
+    clip_ids, t5_ids = module.tokenize([caption(scene, scene.seed) for scene in scenes])
+    assert torch.equal(data.buckets[1]["clip_ids"].long(), clip_ids)
+    assert torch.equal(data.buckets[1]["t5_ids"].long(), t5_ids)
 
 
 def test_positions_are_the_pipelines_own_or_shifted_as_a_whole(base_training):
