@@ -42,6 +42,7 @@ NO_WEIGHTS = "/no/weights/here"
         ("model.optimiser=sgd", r"sgd.*adamw, prodigy"),
         ("model.dtype=int8", r"int8.*float32"),
         ("model.caption_dropout=2", r"caption_dropout is 2"),
+        ("model.noise_shift=0", r"noise_shift is 0"),
         ("base.family=scale_dit.models.none.None", r"cannot be imported"),
         ("model.initial_lora=nowhere", r"nowhere.*does not exist"),
         ("ckpt_path=nowhere.ckpt", r"nowhere\.ckpt does not exist"),

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from small_bases import noise
 
 from scale_dit.errors import UserError
-from scale_dit.sampling import add_noise, denoise, low_pass, low_pass_guidance, make_scheduler, upsample_latents
+from scale_dit.sampling import (
+    add_noise,
+    denoise,
+    low_pass,
+    low_pass_guidance,
+    make_scheduler,
+    training_levels,
+    upsample_latents,
+)
 
 CPU = torch.device("cpu")
 
@@ -150,3 +158,18 @@ def test_upsampling_latents_keeps_their_place():
     assert large.shape == (1, 1, 16, 24)
     assert peak[0] in (5, 6)
     assert peak[1] in (9, 10)
+
+
+def test_training_levels_are_logit_normal_and_shifted_towards_noise():
+    generator = torch.Generator().manual_seed(0)
+    plain = training_levels(20_000, 1.0, CPU, generator)
+    shifted = training_levels(20_000, 3.0, CPU, generator.manual_seed(0))
+    assert plain.logit().mean().item() == pytest.approx(0, abs=0.03)
+    assert plain.logit().std().item() == pytest.approx(1, abs=0.03)
+    assert shifted.median().item() == pytest.approx(0.75, abs=0.01)  # 3/2 / (1 + 2/2)
+    # the same map as the sampler's: a level of the unshifted grid goes where its schedule has it
+    sigmas = make_scheduler(4, 3.0, 1.0, CPU).sigmas[:4]
+    grid = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(3 * grid / (1 + 2 * grid), sigmas)
+    order = plain.argsort()
+    torch.testing.assert_close(shifted[order], 3 * plain[order] / (1 + 2 * plain[order]))

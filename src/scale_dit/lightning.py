@@ -27,7 +27,7 @@ from scale_dit.models import load_family
 from scale_dit.models.flux1 import Text
 from scale_dit.models.settings import BaseSettings
 from scale_dit.optimisers import build_optimiser, check_optimiser, warmup_cosine
-from scale_dit.sampling import add_noise
+from scale_dit.sampling import add_noise, training_levels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,6 +48,7 @@ class ScaleDiTModule(lightning.LightningModule):
         learning_rate: Peak; a multiplier, usually 1, for prodigy.
         warmup: Steps of linear warm-up.
         caption_dropout: Share of captions that the image pass does not see.
+        noise_shift: Shift of the noise levels towards noise, as `shift` in sampling; 1 is none (the paper).
         training_guidance_scale: Embedded guidance scale of distilled bases; anything but 1 ruins them.
         dtype: Of the frozen base: `float32` or `bfloat16`. The LoRA is float32.
         gradient_checkpointing: Recompute blocks in the backward pass.
@@ -69,6 +70,7 @@ class ScaleDiTModule(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup: int = 50,
         caption_dropout: float = 0.1,
+        noise_shift: float = 1.0,
         training_guidance_scale: float = 1.0,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
@@ -81,6 +83,8 @@ class ScaleDiTModule(lightning.LightningModule):
             raise UserError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)} (model.dtype=...)")
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout is {caption_dropout}, but it is a share: use 0 to 1, usually 0.1")
+        if not noise_shift > 0:
+            raise UserError(f"noise_shift is {noise_shift}, but it must be positive (1: unshifted)")
         check_backend(backend)
         check_optimiser(optimiser)
         if lora.scope == "guidance" and not method.guidance:
@@ -131,12 +135,12 @@ class ScaleDiTModule(lightning.LightningModule):
         return loss
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """x_t = (1-t) x_0 + t eps, target eps - x_0, t = sigmoid(normal): mean squared error on the image tokens."""
+        """x_t = (1-t) x_0 + t eps, target eps - x_0, t logit-normal: mean squared error on the image tokens."""
         latents, base = batch["latents"].float(), self.base
         plan = self.plan_for(latents.shape[2] * self._latent_px, latents.shape[3] * self._latent_px)
         clean = base.pack(latents, plan.layout.image_order)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        time = torch.sigmoid(torch.randn(len(clean), generator=generator, device=self.device))
+        time = training_levels(len(clean), self.hparams.noise_shift, self.device, generator)
         text = Text(**batch["text"])
         keys_values = None
         if plan.layout.guidance is not None:

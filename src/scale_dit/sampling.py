@@ -41,6 +41,12 @@ def make_scheduler(steps: int, shift: float, start: float, device: torch.device)
     return scheduler
 
 
+def training_levels(count: int, shift: float, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Noise levels `[count]` to train at: sigmoid(normal) (Esser et al. 2024, section 3.1), shifted as in sampling."""
+    levels = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
 def denoise(
     velocity: Velocity,
     latents: Tensor,

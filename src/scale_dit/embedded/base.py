@@ -18,6 +18,7 @@ from scale_dit.embedded.build import build_text, build_transformer, initialise_t
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings
 from scale_dit.optimisers import warmup_cosine
+from scale_dit.sampling import training_levels
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class TinyBaseModule(lightning.LightningModule):
         count, _, height, width = latents.shape
         clip_ids, t5_ids = self._drop_captions(batch["clip_ids"], batch["t5_ids"])
         noise = torch.randn_like(latents)
-        t = self._noise_levels(count)
+        t = training_levels(count, self.settings.shift, latents.device)
         noisy = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
         text = self.text_encoder_2(t5_ids)[0]
         velocity = self.transformer(
@@ -116,10 +117,6 @@ class TinyBaseModule(lightning.LightningModule):
         loss = nn.functional.mse_loss(velocity.float(), pack(noise - latents))
         self.log("train/loss", loss)
         return loss
-
-    def _noise_levels(self, count: int) -> Tensor:
-        uniform, shift = torch.sigmoid(torch.randn(count, device=self.device)), self.settings.shift
-        return shift * uniform / (1 + (shift - 1) * uniform)
 
     def _drop_captions(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
         drop = torch.rand(len(clip_ids), 1, device=clip_ids.device) < self.hparams.caption_dropout
