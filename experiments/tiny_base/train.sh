@@ -6,7 +6,9 @@
 # Everything is written below OUTPUT as it comes: base/ (exported every 1,000 steps), lora/, evaluation/<arm>/, logs, and
 # `progress`, a line with the time for every stage. A stage that ended well is left out when the script runs again.
 # The LoRA is trained at every learning rate of LORA_RATES, one GPU each; the one with the lowest loss is kept.
-# Times can be set: VAE_TIME, BASE_TIME, LORA_TIME (DD:HH:MM:SS); VAE_TIME=0 keeps the autoencoder in base/vae.
+# Times can be set: VAE_TIME, BASE_TIME, LORA_TIME (DD:HH:MM:SS); VAE_TIME=0 keeps the autoencoder in base/vae, or takes
+# the one in assets/tiny-flux. To train the base in assets/tiny-flux further, on other scenes:
+#   VAE_TIME=0 BASE_ARGS="model.initial=assets/tiny-flux seed=1" bash experiments/tiny_base/train.sh OUTPUT
 set -u
 output=$(realpath -m "${1:?give the output folder}")
 trainer=${TRAINER:-ddp}
@@ -34,6 +36,8 @@ stage() {  # name, seconds after which it is killed, command: run it unless it e
 if [ "${VAE_TIME:-00:00:03:00}" != 0 ]; then
     stage vae "${VAE_LIMIT:-420}" "$python" src/train.py experiment=tiny_vae "trainer=$trainer" "${common[@]}" \
         "trainer.max_time=${VAE_TIME:-00:00:03:00}" trainer.max_steps=100000 ${VAE_ARGS:-} || exit 1
+elif [ ! -d "$output/base/vae" ]; then
+    mkdir -p "$output/base" && cp -r assets/tiny-flux/vae "$output/base/"
 fi
 stage base "${BASE_LIMIT:-1200}" "$python" src/train.py experiment=tiny_base "trainer=$trainer" "${common[@]}" \
     "trainer.max_time=${BASE_TIME:-00:00:13:00}" trainer.max_steps=1000000 ${BASE_ARGS:-}
