@@ -73,8 +73,10 @@ def test_missing_weights_are_said_before_anything_else(tmp_path):
 def test_ctrl_c_says_how_to_go_on(small_folder, tmp_path):
     arguments = (f"base.path={small_folder}", "prompt=a", "n=500", "height=128", "width=128", "output=out")
     started = subprocess.Popen(
-        command(tmp_path, *arguments), cwd=tmp_path, stdout=subprocess.PIPE, env=OFFLINE, text=True
-    )
+        command(tmp_path, *arguments), cwd=tmp_path, stdout=subprocess.PIPE, env=OFFLINE, text=True,
+        # where the tests themselves run in a shell's background, Ctrl-C is ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/*.png")) and time.monotonic() < deadline:
         time.sleep(0.1)
