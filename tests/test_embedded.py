@@ -234,6 +234,8 @@ def test_training_goes_on_from_a_base(base_training, tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(again.tokenize(CAPTIONS), module.tokenize(CAPTIONS), strict=True))
     trained = {name.split(".")[0] for name, parameter in again.named_parameters() if parameter.requires_grad}
     assert trained == {"transformer", "text_encoder", "text_encoder_2"}
+    with pytest.raises(UserError, match="would be overwritten"):
+        TinyBaseModule(str(folder), SETTINGS, initial=str(folder), export=f"{folder}/../{folder.name}")
     with pytest.raises(UserError, match=r"leave model\.initial"):
         TinyBaseModule(str(folder), SETTINGS, initial=str(tmp_path))
 

@@ -81,6 +81,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(small_folder: Path, 
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_loss_that_is_not_finite_stops_an_accumulated_step(small_folder: Path, tmp_path: Path) -> None:
+    options = ("trainer.accumulate_grad_batches=2", "model.learning_rate=1e30", "model.warmup=1")
+    with pytest.raises(UserError, match=r"loss is (nan|inf) in step 2;"):
+        train(training_config(small_folder, tmp_path, *options))
+
+
 def test_weights_that_are_not_finite_never_replace_the_last_good_ones(small_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no longer finite after step 2; the last good state, after step 1"):
         train(

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     curves = {run: losses(run) for run in options.runs if (run / "lora").is_dir()}
-    if not curves:
-        raise SystemExit("none of these runs left a LoRA: " + ", ".join(str(run) for run in options.runs))
+    if unfinished := [str(run) for run in options.runs if run not in curves]:
+        raise SystemExit("these runs left no LoRA, so there is no choice: " + ", ".join(unfinished))
     shared = sorted(set.intersection(*(set(curve) for curve in curves.values())))
     last = shared[-max(1, len(shared) // 4) :]
     means = {run: sum(curve[step] for step in last) / len(last) for run, curve in curves.items()}

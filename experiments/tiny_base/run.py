@@ -69,6 +69,8 @@ def main() -> None:
         share = summary[f"{name}_accuracy"]
         low, high = wilson(round(share * options.n), options.n)
         record_figure(f"tiny_{name}_accuracy_256", share, "share", low, high, options.n)
+    for name in ("shape", "place"):  # means over pictures, not shares of them
+        record_figure(f"tiny_{name}_accuracy_256", summary[f"{name}_accuracy"], "share", n=options.n)
 
 
 if __name__ == "__main__":

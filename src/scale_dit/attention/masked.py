@@ -47,4 +47,5 @@ def attend(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: fl
 
 @lru_cache(maxsize=8)
 def _mask(layout: Layout, device: torch.device) -> Tensor:
-    return layout.dense_mask().to(device)
+    with torch.inference_mode(False):  # the mask may be used in training later
+        return layout.dense_mask().to(device)

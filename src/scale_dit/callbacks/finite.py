@@ -13,7 +13,7 @@ from scale_dit.errors import UserError
 
 
 class FiniteLoss(lightning.Callback):
-    """Stops before a loss that is not finite reaches the weights, and names the step and the remedy.
+    """Stops every rank before a loss that is not finite reaches the weights, and names the step and the remedy.
 
     On a GPU the loss travels to the host while the backward pass is under way, so that the check does not let the GPU
     run idle.
@@ -27,7 +27,11 @@ class FiniteLoss(lightning.Callback):
     ) -> None:
         """Send the loss to the host."""
         event = None
-        value = loss.detach().mean().to("cpu", non_blocking=True)
+        value = loss.detach().mean()
+        if trainer.world_size > 1:
+            # The gradients are summed over all ranks, so a loss that is not finite on one concerns them all.
+            torch.distributed.all_reduce(value)
+        value = value.to("cpu", non_blocking=loss.is_cuda)
         if loss.is_cuda:
             event = torch.cuda.Event()
             event.record()

@@ -191,7 +191,7 @@ class SceneLatents(lightning.LightningDataModule):
         # A copy in the layout and precision in which a GPU convolves fastest.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         vae = copy.deepcopy(module.vae).to(device, dtype, memory_format=torch.channels_last)
-        part = self.seed * self.trainer.world_size + self.trainer.global_rank
+        part = self.seed * 1000 + self.trainer.global_rank
         first = (part * len(self.sizes) + position) * 10_000_000
         scenes = PackedScenes("train", count, first, width / height, module.tokenize)
         columns: dict[str, list[Tensor]] = {"latents": [], "clip_ids": [], "t5_ids": []}

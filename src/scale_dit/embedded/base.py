@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from scale_dit.attention._dense import avoid_failing_kernels
+from scale_dit.callbacks.ema import averaged_weights
 from scale_dit.embedded.build import build_text, build_transformer, initialise_transformer, save_pipeline
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings
@@ -75,6 +76,11 @@ class TinyBaseModule(lightning.LightningModule):
         export: str | None = None,
     ):
         super().__init__()
+        if initial and export and Path(initial).resolve() == Path(export).resolve():
+            raise UserError(
+                f"the base in {initial} would be overwritten while it is trained further: give the result another "
+                f"folder, paths.tiny_base=<folder> with the autoencoder's vae/ in it"
+            )
         self.save_hyperparameters(ignore=["captions", "settings"])
         self.settings = settings
         if not (Path(vae) / "vae").is_dir():
@@ -87,6 +93,7 @@ class TinyBaseModule(lightning.LightningModule):
         self.text_encoder_2: nn.Module = parts["text_encoder_2"]
         self.transformer: FluxTransformer2DModel = parts["transformer"]
         self.empty = self.tokenize([""])
+        self.exported_step = 0
 
     def on_fit_start(self) -> None:
         """Prepare a GPU."""
@@ -135,9 +142,11 @@ class TinyBaseModule(lightning.LightningModule):
         return {name: getattr(self, name) for name in names}
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Export now and then."""
-        if self.global_step % self.hparams.export_every == 0:
-            self.export()
+        """Export now and then, once a step."""
+        if self.global_step > self.exported_step and self.global_step % self.hparams.export_every == 0:
+            self.exported_step = self.global_step
+            with averaged_weights(self.trainer):
+                self.export()
 
     def on_fit_end(self) -> None:
         """Export the average."""
