@@ -22,9 +22,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of src/train.py")
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
-    curves = {run: losses(run) for run in options.runs if (run / "lora").is_dir()}
-    if unfinished := [str(run) for run in options.runs if run not in curves]:
+    if unfinished := [str(run) for run in options.runs if not (run / "lora").is_dir()]:
         raise SystemExit("these runs left no LoRA, so there is no choice: " + ", ".join(unfinished))
+    curves = {run: losses(run) for run in options.runs}
     shared = sorted(set.intersection(*(set(curve) for curve in curves.values())))
     last = shared[-max(1, len(shared) // 4) :]
     means = {run: sum(curve[step] for step in last) / len(last) for run, curve in curves.items()}

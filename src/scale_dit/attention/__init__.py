@@ -93,6 +93,15 @@ def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> 
     return "sdpa", "reads what the windows hold and no more, on every device"
 
 
+def avoid_failing_kernels(head_size: int) -> None:
+    """Switch off cuDNN's attention for small heads, process-wide.
+
+    It failed with an illegal memory access at 320 tokens and heads of 32 (torch 2.11, H100, bfloat16).
+    """
+    if head_size < 64:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def check_backend(name: str) -> None:
     """Refuse a name that is none.
 

@@ -27,12 +27,3 @@ def text_rows(text: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: f
         return text
     read = layout.text + layout.image.tokens * layout.text_reads_image
     return dense(text, key[:, :read], value[:, :read], scale)
-
-
-def avoid_failing_kernels(head_size: int) -> None:
-    """Switch off cuDNN's attention for small heads, process-wide.
-
-    It failed with an illegal memory access at 320 tokens and heads of 32 (torch 2.11, H100, bfloat16).
-    """
-    if head_size < 64:
-        torch.backends.cuda.enable_cudnn_sdp(False)

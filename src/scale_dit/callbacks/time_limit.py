@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 class TimeLimit(Timer):
     """Lightning's `Timer`, whose ranks agree on the time every few steps instead of after each.
 
-    Agreeing waits for the GPU, which would then run idle at the beginning of every step: a third of a short one.
+    Agreeing waits for the GPU, which would then run idle at the beginning of every step.
 
     Args:
         duration: As for `Trainer(max_time=...)`, whose own timer this one replaces; `None` is no limit.

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from scale_dit.attention._dense import avoid_failing_kernels
+from scale_dit.attention import avoid_failing_kernels
 from scale_dit.callbacks.ema import averaged_weights
 from scale_dit.embedded.build import build_text, build_transformer, initialise_transformer, save_pipeline
 from scale_dit.errors import UserError

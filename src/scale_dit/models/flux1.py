@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scale_dit.anchors import ntk_theta
-from scale_dit.attention._dense import avoid_failing_kernels
+from scale_dit.attention import avoid_failing_kernels
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
