@@ -188,7 +188,7 @@ def base_training(tmp_path_factory: pytest.TempPathFactory):
         vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
         export_vae(vae, folder)
         module = TinyBaseModule(
-            str(folder), SETTINGS, CAPTIONS, learning_rate=2e-2, largest_offset=8, offset_share=0.5, export=str(folder)
+            str(folder), SETTINGS, CAPTIONS, learning_rate=2e-2, largest_offset=16, offset_share=0.5, export=str(folder)
         )
         clip_ids, t5_ids = module.tokenize(CAPTIONS[:2])
         batch = {"latents": noise(2, 16, 16, 16) * 0.1, "clip_ids": clip_ids, "t5_ids": t5_ids}
@@ -271,8 +271,10 @@ def test_positions_are_the_pipelines_own_or_shifted_as_a_whole(base_training):
     kinds = {tuple(each[0].tolist()) for each in offsets}
     assert (0, 0, 0) in kinds
     assert len(kinds) > 10
-    assert max(max(kind) for kind in kinds) <= 8
+    assert max(max(kind) for kind in kinds) <= 16
     assert {kind[0] for kind in kinds} == {0}
+    # by a whole grid at least, so that a position near the origin says where in the picture a token is
+    assert all(min(kind[1:]) >= 6 for kind in kinds - {(0, 0, 0)})
 
 
 def test_captions_are_dropped_whole(base_training):

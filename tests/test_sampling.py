@@ -166,6 +166,8 @@ def test_training_levels_are_logit_normal_and_shifted_towards_noise():
     shifted = training_levels(20_000, 3.0, CPU, generator.manual_seed(0))
     assert plain.logit().mean().item() == pytest.approx(0, abs=0.03)
     assert plain.logit().std().item() == pytest.approx(1, abs=0.03)
+    wide = training_levels(20_000, 1.0, CPU, generator.manual_seed(0), spread=1.6)
+    torch.testing.assert_close(wide.logit(), 1.6 * plain.logit(), rtol=1e-3, atol=1e-3)
     assert shifted.median().item() == pytest.approx(0.75, abs=0.01)  # 3/2 / (1 + 2/2)
     # the same map as the sampler's: a level of the unshifted grid goes where its schedule has it
     sigmas = make_scheduler(4, 3.0, 1.0, CPU).sigmas[:4]

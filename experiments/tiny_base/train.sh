@@ -58,7 +58,7 @@ for rate in $rates; do
     CUDA_VISIBLE_DEVICES=$(gpu $number) stage "lora_$rate" "${LORA_LIMIT:-300}" "$python" src/train.py \
         experiment=scale_dit_4k base=tiny "trainer=${LORA_TRAINER:-gpu}" "${common[@]}" callbacks.samples=null \
         hydra.run.dir="$output/logs/lora_$rate" "trainer.max_time=${LORA_TIME:-00:00:02:30}" trainer.max_steps=1000000 \
-        data.count=32000 data.workers=8 data.batch_size=64 callbacks.ema.decay=0.99 "model.learning_rate=$rate" \
+        data.count=32000 data.workers=8 data.batch_size=192 callbacks.ema.decay=0.99 "model.learning_rate=$rate" \
         ${LORA_ARGS:-} &
     number=$((number + 1))
 done

@@ -41,9 +41,14 @@ def make_scheduler(steps: int, shift: float, start: float, device: torch.device)
     return scheduler
 
 
-def training_levels(count: int, shift: float, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Noise levels `[count]` to train at: sigmoid(normal) (Esser et al. 2024, section 3.1), shifted as in sampling."""
-    levels = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+def training_levels(
+    count: int, shift: float, device: torch.device, generator: torch.Generator | None = None, spread: float = 1.0
+) -> Tensor:
+    """Noise levels `[count]` to train at: sigmoid(normal) (Esser et al. 2024, section 3.1), shifted as in sampling.
+
+    `spread` is the normal's standard deviation; from 1.6 on, levels near 0 and 1 are about as frequent as others.
+    """
+    levels = torch.sigmoid(spread * torch.randn(count, generator=generator, device=device))
     return shift * levels / (1 + (shift - 1) * levels)
 
 

@@ -150,7 +150,7 @@ class MemoryBatches(IterableDataset):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
             bucket = self.buckets[int(torch.multinomial(lengths, 1, generator=generator))]
             rows = torch.randint(len(bucket["latents"]), (self.batch_size,), generator=generator)
-            yield tree_map(lambda tensor, rows=rows: tensor[rows.to(tensor.device)], bucket)
+            yield tree_map(lambda tensor, rows=rows: tensor[rows.to(tensor.device, non_blocking=True)], bucket)
 
 
 class SceneLatents(lightning.LightningDataModule):
