@@ -40,9 +40,9 @@ class TinyBaseModule(lightning.LightningModule):
     """Flow matching (Esser et al. 2024) of a small FLUX: x_t = (1-t) x_0 + t eps, target eps - x_0.
 
     Noise levels are logit-normal, shifted as in sampling: t = s u / (1 + (s - 1) u), u = sigmoid(spread * normal), s the
-    base's `shift`. Objects are decided above t = 0.9 and their places above 0.95. Of the levels that are neither spread
-    nor shifted, 1.4 % exceed 0.9, and the base learnt colours and textures from them; with shift 3, 14 % exceed 0.9 and
-    3 % exceed 0.95, and it learnt shapes and numbers; with spread 1.6 too, 24 % and 12 %, and it learns places.
+    base's `shift`. Objects are decided above t = 0.9 and their places above 0.95. Neither spread nor shifted, 1.4 % of
+    the levels exceed 0.9, and the base learnt colours and textures from them; with shift 3, 14 % exceed 0.9 and 3 %
+    exceed 0.95, and it learnt shapes and numbers; with spread 1.6 too, these are 25 % and 12 %.
 
     Batch: `latents` `[B, 16, h, w]` normalised, `clip_ids` `[B, 77]`, `t5_ids` `[B, 64]`.
 
