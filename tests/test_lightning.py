@@ -224,6 +224,9 @@ def test_the_exported_lora_is_what_the_pipeline_loads(make, batches, small_folde
         for each in (pipeline, over)
     ]
     assert torch.equal(*pictures)
+    over.load_lora_weights(tmp_path / "lora")  # in the place of the one that the base came with
+    again_drawn = over("a circle", 256, 256, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    assert torch.equal(again_drawn, pictures[0])
     again = make(initial_lora=str(tmp_path / "lora"))
     assert all(torch.equal(value, tensors[key]) for key, value in lora_state(again.transformer).items())
     with pytest.raises(UserError, match=r"has rank 4, but the LoRA to train has rank 8: set lora.rank=4"):

@@ -49,6 +49,7 @@ class ScaleDiTModule(lightning.LightningModule):
         warmup: Steps of linear warm-up.
         caption_dropout: Share of captions that the image pass does not see.
         noise_shift: Shift of the noise levels towards noise, as `shift` in sampling; 1 is none (the paper).
+        noise_spread: Standard deviation of the noise levels' normal; 1 is the paper's.
         training_guidance_scale: Embedded guidance scale of distilled bases; anything but 1 ruins them.
         dtype: Of the frozen base: `float32` or `bfloat16`. The LoRA is float32.
         gradient_checkpointing: Recompute blocks in the backward pass.
@@ -71,6 +72,7 @@ class ScaleDiTModule(lightning.LightningModule):
         warmup: int = 50,
         caption_dropout: float = 0.1,
         noise_shift: float = 1.0,
+        noise_spread: float = 1.0,
         training_guidance_scale: float = 1.0,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
@@ -83,8 +85,9 @@ class ScaleDiTModule(lightning.LightningModule):
             raise UserError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)} (model.dtype=...)")
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout is {caption_dropout}, but it is a share: use 0 to 1, usually 0.1")
-        if not noise_shift > 0:
-            raise UserError(f"noise_shift is {noise_shift}, but it must be positive (1: unshifted)")
+        for name, value in (("noise_shift", noise_shift), ("noise_spread", noise_spread)):
+            if not value > 0:
+                raise UserError(f"{name} is {value}, but it must be positive (1: the paper's levels)")
         check_backend(backend)
         check_optimiser(optimiser)
         if lora.scope == "guidance" and not method.guidance:
@@ -140,7 +143,7 @@ class ScaleDiTModule(lightning.LightningModule):
         plan = self.plan_for(latents.shape[2] * self._latent_px, latents.shape[3] * self._latent_px)
         clean = base.pack(latents, plan.layout.image_order)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        time = training_levels(len(clean), self.hparams.noise_shift, self.device, generator)
+        time = training_levels(len(clean), self.hparams.noise_shift, self.device, generator, self.hparams.noise_spread)
         text = Text(**batch["text"])
         keys_values = None
         if plan.layout.guidance is not None:

@@ -112,8 +112,8 @@ class LoadedPipeline(DiffusionPipeline):
         self.base.image_adapters = (ADAPTER,) if self.lora_settings.scope == "all" else ()
 
     def unload_lora_weights(self) -> None:
-        """Remove the LoRA."""
-        if self.lora_settings is not None:
+        """Remove the LoRA, also one that the base came with."""
+        if ADAPTER in getattr(self.transformer, "peft_config", {}):
             remove_lora(self.transformer)
             self.base.guidance_adapters, self.base.image_adapters = (), ()
             self.lora_settings, self.lora_record, self.lora_path = None, {}, None

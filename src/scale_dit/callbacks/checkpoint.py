@@ -16,6 +16,7 @@ from scale_dit.errors import UserError
 from scale_dit.run_folder import CHECKPOINTS, LAST
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STEPS_TO_AGREE = 10
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: what the user asked for
@@ -29,7 +30,8 @@ class Interrupted(Exception):  # noqa: N818 - no error: what the user asked for
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run's folder, never one with weights that are not finite.
 
-    The first Ctrl-C or SIGTERM lets the running step end, saves and raises `Interrupted`; the second stops at once.
+    The first Ctrl-C or SIGTERM lets the running step end (with several ranks, up to `STEPS_TO_AGREE`), saves and raises
+    `Interrupted`; the second stops at once.
     Lightning calls checkpoint callbacks behind all others, so what these do in a step is in the file.
 
     Args:
@@ -65,11 +67,15 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
+        leave = self.requested
         if trainer.world_size > 1:
-            self.requested = trainer.strategy.reduce_boolean_decision(self.requested, all=False)
-        if self.requested or trainer.global_step % self.every_n_steps == 0:
+            # Agreeing waits for the GPUs, which would then run idle at the beginning of every step.
+            leave = trainer.global_step % STEPS_TO_AGREE == 0 and trainer.strategy.reduce_boolean_decision(
+                self.requested, all=False
+            )
+        if leave or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer, pl_module)
-        self.leaving = self.requested
+        self.leaving = leave
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the last step."""
@@ -97,7 +103,7 @@ class LastCheckpoint(Checkpoint):
                 f"the weights are no longer finite after step {trainer.global_step}; {self.last_good}. "
                 f"Start again with a lower model.learning_rate"
             )
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self.saved_step = trainer.global_step
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -25,6 +25,8 @@ class BaseSettings:
         native: Side in px that the base was trained at.
         text_length: Text tokens that the transformer reads.
         shift: Constant shift of the noise schedule (Esser et al. 2024, section 5.3.2).
+        training_shift: Shift of the noise levels at which the base's LoRA is trained; 1 is none (the paper).
+        training_spread: Standard deviation of those levels' normal; 1 is the paper's.
         guidance_scale: Default guidance scale of drafts and refinement.
         distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
         steps: Default steps of the draft and of the refinement.
@@ -40,6 +42,8 @@ class BaseSettings:
     native: int = 1024
     text_length: int = 512
     shift: float = 3.0
+    training_shift: float = 1.0
+    training_spread: float = 1.0
     guidance_scale: float = 3.5
     distilled: bool = True
     steps: int = 28
