@@ -74,7 +74,7 @@ def main() -> None:
         plan = Method().plan(pipeline.settings, side, side)
         table[f"windows and draft, LoRA {Path(folder).name}"] = losses(pipeline, plan, pair, device)
     with options.to.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         where = {
             "command": running_command(), "machine": machine(), "versions": versions_line(),
             "date": datetime.date.today().isoformat(), "commit": commit(),
