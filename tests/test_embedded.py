@@ -273,6 +273,8 @@ def test_positions_are_the_pipelines_own_or_shifted_as_a_whole(base_training):
     assert len(kinds) > 10
     assert max(max(kind) for kind in kinds) <= 16
     assert {kind[0] for kind in kinds} == {0}
+    with pytest.raises(UserError, match=r"largest_offset is 15.*at least 16.*model\.largest_offset=64"):
+        TinyBaseModule("nowhere", SETTINGS, CAPTIONS, largest_offset=15)
     # by a whole grid at least, so that a position near the origin says where in the picture a token is
     assert all(min(kind[1:]) >= 6 for kind in kinds - {(0, 0, 0)})
 

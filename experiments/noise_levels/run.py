@@ -23,7 +23,6 @@ from scale_dit.provenance import commit, machine, running_command, versions_line
 from scale_dit.sampling import add_noise
 
 LEVELS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.5, 0.2)
-SCALE = 4.0
 
 
 @torch.no_grad()
@@ -58,7 +57,7 @@ def main() -> None:
     side, scenes = pipeline.settings.native, held_out_scenes(options.n)
     pair = encode_batch(
         render(scenes, side, side, device), [caption(scene, scene.seed) for scene in scenes],
-        pipeline.base.encode_images, pipeline.base.encode_prompts, SCALE, pipeline.settings.token_size, None,
+        pipeline.base.encode_images, pipeline.base.encode_prompts, Method().scale, pipeline.settings.token_size, None,
     )  # fmt: skip
     plans = {
         "dense, no draft": Method(guidance=False, windowed=False),

@@ -9,7 +9,7 @@
 # The LoRA is trained at every learning rate of LORA_RATES at once, over all GPUs; the one with the lowest loss is kept.
 # Times can be set: VAE_TIME, BASE_TIME, LORA_TIME (DD:HH:MM:SS); VAE_TIME=0 keeps the autoencoder in base/vae, or takes
 # the one in assets/tiny-flux. To train the base in assets/tiny-flux further, on other scenes:
-#   VAE_TIME=0 BASE_ARGS="model.initial=assets/tiny-flux seed=1" bash experiments/tiny_base/train.sh OUTPUT
+#   VAE_TIME=0 BASE_ARGS="model.initial=assets/tiny-flux seed=3" bash experiments/tiny_base/train.sh OUTPUT
 set -u
 output=$(realpath -m "${1:?give the output folder}")
 trainer=${TRAINER:-ddp}

@@ -48,8 +48,6 @@ class ScaleDiTModule(lightning.LightningModule):
         learning_rate: Peak; a multiplier, usually 1, for prodigy.
         warmup: Steps of linear warm-up.
         caption_dropout: Share of captions that the image pass does not see.
-        noise_shift: Shift of the noise levels towards noise, as `shift` in sampling; 1 is none (the paper).
-        noise_spread: Standard deviation of the noise levels' normal; 1 is the paper's.
         training_guidance_scale: Embedded guidance scale of distilled bases; anything but 1 ruins them.
         dtype: Of the frozen base: `float32` or `bfloat16`. The LoRA is float32.
         gradient_checkpointing: Recompute blocks in the backward pass.
@@ -71,8 +69,6 @@ class ScaleDiTModule(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup: int = 50,
         caption_dropout: float = 0.1,
-        noise_shift: float = 1.0,
-        noise_spread: float = 1.0,
         training_guidance_scale: float = 1.0,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
@@ -85,9 +81,6 @@ class ScaleDiTModule(lightning.LightningModule):
             raise UserError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)} (model.dtype=...)")
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout is {caption_dropout}, but it is a share: use 0 to 1, usually 0.1")
-        for name, value in (("noise_shift", noise_shift), ("noise_spread", noise_spread)):
-            if not value > 0:
-                raise UserError(f"{name} is {value}, but it must be positive (1: the paper's levels)")
         check_backend(backend)
         check_optimiser(optimiser)
         if lora.scope == "guidance" and not method.guidance:
@@ -143,7 +136,8 @@ class ScaleDiTModule(lightning.LightningModule):
         plan = self.plan_for(latents.shape[2] * self._latent_px, latents.shape[3] * self._latent_px)
         clean = base.pack(latents, plan.layout.image_order)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        time = training_levels(len(clean), self.hparams.noise_shift, self.device, generator, self.hparams.noise_spread)
+        levels = self.base_settings
+        time = training_levels(len(clean), levels.training_shift, self.device, generator, levels.training_spread)
         text = Text(**batch["text"])
         keys_values = None
         if plan.layout.guidance is not None:

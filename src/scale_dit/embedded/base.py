@@ -39,21 +39,19 @@ class Tokenizers:
 class TinyBaseModule(lightning.LightningModule):
     """Flow matching (Esser et al. 2024) of a small FLUX: x_t = (1-t) x_0 + t eps, target eps - x_0.
 
-    Noise levels are logit-normal, shifted as in sampling: t = s u / (1 + (s - 1) u), u = sigmoid(spread * normal), s
-    the shift. Objects are decided above t = 0.9 and their places above 0.95. Neither spread nor shifted, 1.4 % of
-    the levels exceed 0.9, and the base learnt colours and textures from them; with shift 3, 14 % exceed 0.9 and 3 %
-    exceed 0.95, and it learnt shapes and numbers; with spread 1.6 too, these are 25 % and 12 %.
+    Noise levels are logit-normal, shifted as in sampling: t = s u / (1 + (s - 1) u), u = sigmoid(spread * normal), with
+    the base's `training_shift` s and `training_spread`. Objects are decided above t = 0.9, their places above 0.95.
+    Neither shifted nor spread, 1.4 % of the levels exceed 0.9, and the base learnt colours and textures from them; with
+    shift 3, 14 % exceed 0.9 and 3 % exceed 0.95, and it learnt shapes and numbers.
 
     Batch: `latents` `[B, 16, h, w]` normalised, `clip_ids` `[B, 77]`, `t5_ids` `[B, 64]`.
 
     Args:
         vae: Folder that holds `vae/` of a trained autoencoder (`experiment=tiny_vae` writes it).
-        settings: Geometry and `shift`, written beside the exported weights, so that they can be loaded by path alone.
+        settings: Geometry and noise levels, written beside the weights, so that these can be loaded by path alone.
         captions: Texts from which the tokenizers are learnt.
         learning_rate: Peak of a warm-up and cosine schedule.
         caption_dropout: Share of captions replaced by the empty text, for classifier-free guidance.
-        noise_shift: Shift of the noise levels.
-        noise_spread: Standard deviation of their normal.
         largest_offset: Some batches shift all positions by up to this many tokens a side, so that positions beyond
             the native grid are not foreign to the rotary embedding. They are shifted by a whole grid at least, so that
             positions near the origin tell where in the picture a token is, hence what "top left" means.
@@ -72,8 +70,6 @@ class TinyBaseModule(lightning.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         caption_dropout: float = 0.1,
-        noise_shift: float = 3.0,
-        noise_spread: float = 1.6,
         largest_offset: int = 64,
         offset_share: float = 0.2,
         initial: str | None = None,
@@ -86,6 +82,12 @@ class TinyBaseModule(lightning.LightningModule):
             raise UserError(
                 f"the base in {initial} would be overwritten while it is trained further: give the result another "
                 f"folder, paths.tiny_base=<folder> with the autoencoder's vae/ in it"
+            )
+        least = 2 * settings.native // settings.token_size
+        if offset_share and largest_offset < least:
+            raise UserError(
+                f"largest_offset is {largest_offset}, but it must be at least {least}, twice the native grid, because "
+                f"positions are shifted by a whole grid at least: set model.largest_offset=64, or model.offset_share=0"
             )
         self.save_hyperparameters(ignore=["captions", "settings"])
         self.settings = settings
@@ -115,7 +117,7 @@ class TinyBaseModule(lightning.LightningModule):
         count, _, height, width = latents.shape
         clip_ids, t5_ids = self._drop_captions(batch["clip_ids"], batch["t5_ids"])
         noise = torch.randn_like(latents)
-        t = training_levels(count, self.hparams.noise_shift, latents.device, spread=self.hparams.noise_spread)
+        t = training_levels(count, self.settings.training_shift, latents.device, spread=self.settings.training_spread)
         noisy = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
         text = self.text_encoder_2(t5_ids)[0]
         velocity = self.transformer(

@@ -25,7 +25,7 @@ class BaseSettings:
         native: Side in px that the base was trained at.
         text_length: Text tokens that the transformer reads.
         shift: Constant shift of the noise schedule (Esser et al. 2024, section 5.3.2).
-        training_shift: Shift of the noise levels at which the base's LoRA is trained; 1 is none (the paper).
+        training_shift: Shift of the noise levels at which the base and its LoRA are trained; 1 is none (the paper).
         training_spread: Standard deviation of those levels' normal; 1 is the paper's.
         guidance_scale: Default guidance scale of drafts and refinement.
         distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
@@ -48,6 +48,13 @@ class BaseSettings:
     distilled: bool = True
     steps: int = 28
     lora: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("training_shift", "training_spread"):
+            if not getattr(self, name) > 0:
+                raise UserError(
+                    f"base.{name} is {getattr(self, name)}, but it must be positive (1: the paper's levels)"
+                )
 
     def save(self, folder: str | Path) -> None:
         """Write the settings beside a base's weights, so that a pipeline can be loaded from the folder alone."""
