@@ -112,7 +112,10 @@ class ScaleDiTPipeline(LoadedPipeline):
 
         with cost.stage("text", self._execution_device):
             text = self.base.encode_prompts(prompts)
-            negative = self._encode_negative(negative_prompt, len(prompts), guidance_scale, draft_guidance_scale)
+            negative = self._encode_negative(
+                negative_prompt, len(prompts),
+                self._scale(guidance_scale, plan), self._scale(draft_guidance_scale, draft_plan),
+            )  # fmt: skip
         with cost.stage("draft", self._execution_device):
             needs_draft = plan.layout.guidance is not None or start < 1 or low_pass > 0
             if draft_latents is None and needs_draft:
@@ -149,9 +152,9 @@ class ScaleDiTPipeline(LoadedPipeline):
         cost = StageCost()
         with cost.stage("text", self._execution_device):
             text = self.base.encode_prompts(prompts)
-            negative = self._encode_negative("", len(prompts), guidance_scale)
-        with cost.stage("draft", self._execution_device):
             plan = self.draft_plan(height, width, scale)
+            negative = self._encode_negative("", len(prompts), self._scale(guidance_scale, plan))
+        with cost.stage("draft", self._execution_device):
             latents = self.draft(text, negative, plan, self._scheduler(steps), guidance_scale, generators)
         return latents, cost
 
@@ -178,7 +181,7 @@ class ScaleDiTPipeline(LoadedPipeline):
         Returns:
             Normalised latents `[B, C, h, w]` float32.
         """
-        stage = Stage(self.base, plan, text, negative, self._scale(guidance_scale))
+        stage = Stage(self.base, plan, text, negative, self._scale(guidance_scale, plan))
         return stage.sample(
             self._noise(plan, generators), scheduler, self._after_step("draft", scheduler, progress, None)
         )
@@ -208,13 +211,13 @@ class ScaleDiTPipeline(LoadedPipeline):
         if draft_latents is not None and (start < 1 or low_pass > 0):
             upsampled = upsample_latents(draft_latents, *latents.shape[-2:])
             latents = add_noise(upsampled, latents, start)
-        keys_values = None
+        keys_values, guidance_scale = None, self._scale(guidance_scale, plan)
         if plan.layout.guidance is not None:
             assert draft_latents is not None
             tokens = self.base.pack(self._guidance_latents(draft_latents, plan), plan.layout.guidance_order)
-            keys_values = self.base.guidance_pass(tokens, text.pooled, plan, self._scale(guidance_scale))
+            keys_values = self.base.guidance_pass(tokens, text.pooled, plan, guidance_scale)
         pull = (upsampled, low_pass) if upsampled is not None and low_pass > 0 else None
-        stage = Stage(self.base, plan, text, negative, self._scale(guidance_scale), keys_values, pull)
+        stage = Stage(self.base, plan, text, negative, guidance_scale, keys_values, pull)
         return stage.sample(latents, scheduler, self._after_step("refine", scheduler, progress, callback))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -243,16 +246,19 @@ class ScaleDiTPipeline(LoadedPipeline):
         noise = [torch.randn(shape, generator=each, device=each.device) for each in generators]
         return torch.cat([one.to(self._execution_device) for one in noise])
 
-    def _scale(self, guidance_scale: float | None) -> float:
-        return self.settings.guidance_scale if guidance_scale is None else guidance_scale
+    def _scale(self, guidance_scale: float | None, plan: Plan) -> float:
+        if guidance_scale is not None:
+            return guidance_scale
+        refining = self.settings.refine_guidance_scale if plan.layout.guidance is not None else None
+        return self.settings.guidance_scale if refining is None else refining
 
     def _scheduler(self, steps: int | None, start: float = 1.0) -> Any:
         steps = self.settings.steps if steps is None else steps
         return make_scheduler(steps, self.settings.shift, start, self._execution_device)
 
-    def _encode_negative(self, prompt: str, count: int, *guidance_scales: float | None) -> Text | None:
+    def _encode_negative(self, prompt: str, count: int, *guidance_scales: float) -> Text | None:
         """The text of the second branch of classifier-free guidance, if any stage evaluates it."""
-        if self.settings.distilled or all(self._scale(each) == 1 for each in guidance_scales):
+        if self.settings.distilled or all(each == 1 for each in guidance_scales):
             return None
         return self.base.encode_prompts([prompt] * count)
 

@@ -268,9 +268,9 @@ class ScenePairs(lightning.LightningDataModule):
         self.first_batch = state_dict["batches"]
 
 
-def held_out_scenes(count: int, aspect: float = 1.0) -> list[Scene]:
-    """The whole scenes on which every reported accuracy is measured: the first `count` of the test split."""
-    return [sample_scene(index, split="test", zoom=1.0, aspect=aspect) for index in range(count)]
+def held_out_scenes(count: int, aspect: float = 1.0, split: str = "test") -> list[Scene]:
+    """The first `count` whole scenes of a split: of `test` for reported accuracies, of `validation` for choices."""
+    return [sample_scene(index, split=split, zoom=1.0, aspect=aspect) for index in range(count)]
 
 
 __all__ = ["MemoryBatches", "PackedScenes", "SceneLatents", "ScenePairs", "ScenePictures", "held_out_scenes"]

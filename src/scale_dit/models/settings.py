@@ -27,7 +27,8 @@ class BaseSettings:
         shift: Constant shift of the noise schedule (Esser et al. 2024, section 5.3.2).
         training_shift: Shift of the noise levels at which the base and its LoRA are trained; 1 is none (the paper).
         training_spread: Standard deviation of those levels' normal; 1 is the paper's.
-        guidance_scale: Default guidance scale of drafts and refinement.
+        guidance_scale: Default guidance scale of drafts, and of pictures that read none.
+        refine_guidance_scale: Default of a refinement that reads its draft; `None` is `guidance_scale`.
         distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
         steps: Default steps of the draft and of the refinement.
         lora: The LoRA that evaluation and generation use unless they are told otherwise.
@@ -45,6 +46,7 @@ class BaseSettings:
     training_shift: float = 1.0
     training_spread: float = 1.0
     guidance_scale: float = 3.5
+    refine_guidance_scale: float | None = None
     distilled: bool = True
     steps: int = 28
     lora: str | None = None
