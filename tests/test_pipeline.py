@@ -130,6 +130,20 @@ def test_one_guidance_pass_serves_all_steps_and_both_branches(pipeline):
     assert len(image) == 2 + 3
 
 
+def test_a_base_may_refine_at_a_guidance_scale_of_its_own(pipeline):
+    pipeline.configure(replace(SETTINGS, refine_guidance_scale=1.0))
+    image = spy(pipeline, "image_pass")
+    ours = latents_of(pipeline, num_inference_steps=3, draft_steps=2)
+    assert len(image) == 2 * 2 + 3, "no second branch in the refinement"
+    pipeline.configure(SETTINGS)
+    torch.testing.assert_close(ours, latents_of(pipeline, num_inference_steps=3, draft_steps=2, guidance_scale=1.0))
+    pipeline.configure(replace(SETTINGS, refine_guidance_scale=1.0))
+    pipeline.method = replace(pipeline.method, guidance=False)
+    image = spy(pipeline, "image_pass")
+    latents_of(pipeline, num_inference_steps=3, draft_steps=2)
+    assert len(image) == 2 * 3, "a picture that reads no draft keeps the base's"
+
+
 def test_output_types(pipeline):
     images = {
         kind: pipeline(PROMPTS, 256, 208, generator=seeded(1, 2), output_type=kind, num_inference_steps=1).images
@@ -256,6 +270,8 @@ def test_a_callback_that_returns_nothing_changes_nothing(pipeline):
         ({"num_inference_steps": 0}, "number of steps is 0"),
         ({"draft_steps": 0}, "number of steps is 0"),
         ({"start": 0.0}, "start is 0.0"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"draft_guidance_scale": -1.0}, "draft_guidance_scale is -1.0"),
         ({"scale": 0.5}, "Scale is 0.5"),
         ({"generator": seeded(1, 2, 3)}, "3 generators were given for 1 pictures"),
         (

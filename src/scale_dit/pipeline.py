@@ -18,7 +18,14 @@ from scale_dit.method import Method, Plan
 from scale_dit.models.flux1 import Text
 from scale_dit.pipeline_loading import LoadedPipeline
 from scale_dit.pipeline_output import ScaleDiTOutput, StageCost
-from scale_dit.sampling import add_noise, derived_generators, make_scheduler, one_generator_each, upsample_latents
+from scale_dit.sampling import (
+    add_noise,
+    check_sampling,
+    derived_generators,
+    make_scheduler,
+    one_generator_each,
+    upsample_latents,
+)
 from scale_dit.stage import AfterStep, Stage
 
 log = logging.getLogger(__name__)
@@ -93,6 +100,7 @@ class ScaleDiTPipeline(LoadedPipeline):
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt is {num_images_per_prompt}, but it must be at least 1")
         settings = self.settings
+        check_sampling(settings, start, num_inference_steps, draft_steps, guidance_scale, draft_guidance_scale)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         side = round(settings.native * (self.method.scale if scale is None else scale))
         height, width = (side if given is None else given for given in (height, width))

@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from scale_dit.errors import UserError
+from scale_dit.models.settings import BaseSettings, check_guidance_scale
 
 Velocity = Callable[[Tensor, float], Tensor]
 """Function of the latents and the noise level sigma that gives the velocity eps - x_0."""
@@ -39,6 +40,26 @@ def make_scheduler(steps: int, shift: float, start: float, device: torch.device)
     levels = torch.linspace(first, first / steps, steps, dtype=torch.float64)
     scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
     return scheduler
+
+
+def check_sampling(
+    base: BaseSettings,
+    start: float,
+    steps: int | None,
+    draft_steps: int | None,
+    guidance_scale: float | None,
+    draft_guidance_scale: float | None,
+) -> None:
+    """Refuse what sampling would refuse, before anything is computed; `None` is the base's own.
+
+    Raises:
+        UserError: Steps, a start or a guidance scale that cannot be.
+    """
+    for count, first in ((steps, start), (draft_steps, 1.0)):
+        make_scheduler(base.steps if count is None else count, base.shift, first, torch.device("cpu"))
+    for name, value in (("guidance_scale", guidance_scale), ("draft_guidance_scale", draft_guidance_scale)):
+        if value is not None:
+            check_guidance_scale(name, value)
 
 
 def training_levels(

@@ -82,6 +82,7 @@ def test_a_line_whose_size_cannot_be_costs_that_line(caplog):
         (Sampling(draft_steps=-1), "steps is -1"),
         (Sampling(start=0), "start is 0"),
         (Sampling(start=1.5), "start is 1.5"),
+        (Sampling(guidance_scale=float("nan")), "guidance_scale is nan"),
         (Sampling(decode_tile=8), "decode_tile is 8 px"),
     ],
 )

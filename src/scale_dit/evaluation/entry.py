@@ -21,6 +21,7 @@ from scale_dit.evaluation.runner import evaluate
 from scale_dit.loggers import close_wandb
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.run_record import write_run_record
+from scale_dit.sampling import check_sampling
 
 
 def evaluate_config(cfg: DictConfig) -> Results:
@@ -35,6 +36,7 @@ def evaluate_config(cfg: DictConfig) -> Results:
     side = round(base.native * method.scale)
     height, width = cfg.height or side, cfg.width or side
     method.plan(base, height, width)
+    check_sampling(base, cfg.start, cfg.steps, cfg.draft_steps, cfg.guidance_scale, cfg.draft_guidance_scale)
     lora = default_lora(cfg.lora.path)
     metrics = hydra.utils.instantiate(cfg.metrics, _convert_="all")
     baselines = hydra.utils.instantiate(cfg.get("baselines") or {}, _convert_="all")

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from scale_dit.errors import UserError
 from scale_dit.generation.prompts import Prompt, read_prompts
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
-from scale_dit.sampling import make_scheduler
+from scale_dit.sampling import check_sampling
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +44,9 @@ class Sampling:
         """Refuse what sampling would refuse, before weights are loaded.
 
         Raises:
-            UserError: Steps, a start or a tile that cannot be.
+            UserError: Steps, a start, a guidance scale or a tile that cannot be.
         """
-        for steps, start in ((self.steps, self.start), (self.draft_steps, 1.0)):
-            make_scheduler(base.steps if steps is None else steps, base.shift, start, torch.device("cpu"))
+        check_sampling(base, self.start, self.steps, self.draft_steps, self.guidance_scale, self.draft_guidance_scale)
         if self.decode_tile < SMALLEST_TILE:
             raise UserError(f"decode_tile is {self.decode_tile} px, but it must be at least {SMALLEST_TILE}: try 1024")
 

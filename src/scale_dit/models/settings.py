@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scale_dit.errors import UserError
 
 SETTINGS_FILE = "scale_dit.json"
+
+
+def check_guidance_scale(name: str, value: object) -> None:
+    """Refuse what is no guidance scale.
+
+    Raises:
+        UserError: Not a finite number of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"{name} is {value!r}, but it must be a number of at least 0 (1: no guidance)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,9 @@ class BaseSettings:
                 raise UserError(
                     f"base.{name} is {getattr(self, name)}, but it must be positive (1: the paper's levels)"
                 )
+        check_guidance_scale("base.guidance_scale", self.guidance_scale)
+        if self.refine_guidance_scale is not None:
+            check_guidance_scale("base.refine_guidance_scale", self.refine_guidance_scale)
 
     def save(self, folder: str | Path) -> None:
         """Write the settings beside a base's weights, so that a pipeline can be loaded from the folder alone."""
