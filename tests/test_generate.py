@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def test_the_command_makes_the_pictures(small_folder, tmp_path):
     assert provenance["settings"]["base"]["name"] == "small"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["config"]["negative_prompt"] == PROMPT
+    assert shlex.split(record["command"])[-1] == f"negative_prompt={PROMPT}", "as it was typed"
     assert "prompts (1), new.jsonl, line 2" in ran.stdout + ran.stderr
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from scale_dit.evaluation.figures import FigureRow, figures_file, merge_rows
 
 HERE = Path(__file__).parent
-METRICS = ("count", "colour", "exact", "place", "detail", "count_retention")
+METRICS = ("count", "colour", "place", "detail", "count_retention")
 ARMS = {
     "from_draft": "Scale-DiT, start 0.7",
     "from_noise": "Scale-DiT, from noise",
@@ -50,7 +50,7 @@ def figure_name(arm: str, metric: str) -> str | None:
     """The figure that a row is, by the names that documents quote; `None` if it is none."""
     if metric == "count_retention":
         return {"from_draft": "count_retention_1024", "from_noise": "count_retention_1024_from_noise"}.get(arm)
-    return f"{metric}_1024_{FIGURES[arm]}" if metric in ("count", "colour", "exact", "detail") else None
+    return f"{metric}_1024_{FIGURES[arm]}" if metric in ("count", "colour", "detail") else None
 
 
 def figure(row: dict[str, str], where: dict[str, str], date: str) -> FigureRow | None:
@@ -65,7 +65,10 @@ def figure(row: dict[str, str], where: dict[str, str], date: str) -> FigureRow |
 def write_table(rows: list[dict[str, str]]) -> None:
     """Put the results between the marks in README.md."""
     values = {(row["arm"], row["metric"]): row for row in rows}
-    lines = ["| arm | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |", "|---" * 7 + "|"]
+    lines = [
+        "| arm | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |",
+        "|---" * (len(METRICS) + 1) + "|",
+    ]
     for arm, label in ARMS.items():
         cells = [values.get((arm, metric)) for metric in METRICS]
         if any(cells):

@@ -65,7 +65,7 @@ def main() -> None:
     if options.dry or options.shift is not None:
         return
     record_figure("tiny_vae_psnr_db", psnr, "dB", n=options.n)
-    for name in ("count", "colour", "exact"):
+    for name in ("count", "colour"):
         share = summary[f"{name}_accuracy"]
         low, high = wilson(round(share * options.n), options.n)
         record_figure(f"tiny_{name}_accuracy_256", share, "share", low, high, options.n)

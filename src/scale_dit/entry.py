@@ -58,14 +58,16 @@ def entry_point(function: Callable[[DictConfig], Result]) -> Callable[[DictConfi
         try:
             return function(cfg)
         except Interrupted as stop:
-            folder = stop.checkpoint.parent.parent
-            print_note(
-                f"\nInterrupted after step {stop.step}; the state is saved. Go on with:\n  {resume_command(folder)}"
-            )
+            if is_first_process():
+                print_note(
+                    f"\nInterrupted after step {stop.step}; the state is saved. Go on with:\n"
+                    f"  {resume_command(stop.checkpoint.parent.parent)}"
+                )
             sys.exit(INTERRUPTED_STATUS)
         except (Exception, SystemExit, KeyboardInterrupt) as raised:
             if _was_interrupted(raised):
-                _say_stopped_at_once(Path(cfg.paths.output_dir))
+                if is_first_process():
+                    _say_stopped_at_once(Path(cfg.paths.output_dir))
                 sys.exit(INTERRUPTED_STATUS)
             error = find_user_error(raised)
             if error is None:

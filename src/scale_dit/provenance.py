@@ -24,8 +24,12 @@ def project_root() -> Path:
 
 
 def running_command() -> str:
-    """The command line that is running, as one would type it in the project's folder."""
+    """The command line that is running, as it was typed, but for the project's folder."""
     program, *arguments = sys.argv
+    # The process's own arguments: entry points rewrite `sys.argv`, to quote prompts or to resume.
+    typed = [index for index, argument in enumerate(sys.orig_argv) if argument == program]
+    if typed:
+        arguments = sys.orig_argv[typed[0] + 1 :]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     if module is not None and module.name:
         return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *arguments])

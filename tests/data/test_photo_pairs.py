@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import lightning
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from training_runs import ROOT, SMALL_BASE
+from training_runs import ROOT, SMALL_BASE, command_environment
 
 from scale_dit.data.buckets import BucketBatchSampler
 from scale_dit.data.crops import Crops
@@ -23,6 +25,7 @@ from scale_dit.lightning import ScaleDiTModule
 from scale_dit.lora import LoraSettings
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
+from scale_dit.run_folder import LAST
 
 CROPS = Crops(128, zoom_high=2.0, aspect_buckets=True)
 
@@ -209,6 +212,26 @@ def options(base: Path, photos: Path, *more: str) -> list[str]:
         "trainer.precision=32-true",
         *more,
     ]
+
+
+@pytest.mark.slow
+def test_two_processes_build_one_cache_and_stop_together(
+    small_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "src/train.py", *options(small_folder, photo_folder, "callbacks=default", "logger=csv"),
+        f"paths.root_dir={tmp_path}", f"hydra.run.dir={run}", "trainer.max_steps=100", "trainer.devices=2",
+        "+trainer.strategy=ddp", "data.batch_size=1", "callbacks.samples=null", "callbacks.progress=null",
+        "callbacks.checkpoint.every_n_steps=2", "trainer.enable_progress_bar=false",
+        "+callbacks.signal={_target_:training_runs.SignalAt,step:4}",
+    ]  # fmt: skip
+    answer = subprocess.run(command, cwd=ROOT, env=command_environment(), capture_output=True, text=True)
+    assert answer.returncode == 130, answer.stderr
+    assert answer.stderr.count("Interrupted after step") == 1, answer.stderr
+    state = torch.load(run / LAST)
+    assert state["PhotoPairs"]["batches"] == state["global_step"] < 100
+    assert len(list((tmp_path / "data" / "latents").iterdir())) == 1
 
 
 def test_config(small_folder: Path, photo_folder: Path, tmp_path: Path) -> None:

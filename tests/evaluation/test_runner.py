@@ -58,7 +58,7 @@ def results(tmp_path_factory):
 
 
 def test_the_truth_wins(results):
-    for metric in ("count", "exact", "detail"):
+    for metric in ("count", "colour", "detail"):
         values = [results.value(arm, metric) for arm in ("truth_again", "bicubic", "noise")]
         assert values[0] == max(values)
         assert values[2] == min(values)

@@ -93,7 +93,7 @@ def match(scene: Scene, expected: Sequence[VisibleObject], found: Sequence[Found
 
 
 def summarise(scores: Sequence[SceneScore]) -> dict[str, float]:
-    """Means over pictures: ``count_accuracy``, ``colour_accuracy``, ``exact_accuracy`` (both), ``recall`` (described
+    """Means over pictures: ``count_accuracy``, ``colour_accuracy`` (count and colours), ``recall`` (described
     objects with a match), ``place_accuracy``, ``shape_accuracy``, ``relation_accuracy`` and the number of pictures
     ``n``. Accuracies that no picture defines are NaN.
 
@@ -110,7 +110,6 @@ def summarise(scores: Sequence[SceneScore]) -> dict[str, float]:
     return {
         "count_accuracy": mean([item.count_correct for item in scores]),
         "colour_accuracy": mean([item.colours_correct for item in scores]),
-        "exact_accuracy": mean([item.count_correct and item.colours_correct for item in scores]),
         "recall": mean([item.matched / item.expected if item.expected else None for item in scores]),
         "place_accuracy": mean([item.place_accuracy for item in scores]),
         "shape_accuracy": mean([item.shape_accuracy for item in scores]),

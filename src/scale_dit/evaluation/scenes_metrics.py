@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from scale_dit.data.world import Scene
 
 # Pictures are right or wrong in these; the others are shares of a picture's objects or pairs.
-YES_OR_NO = ("count", "colour", "exact", "draft_count")
+YES_OR_NO = ("count", "colour", "draft_count")
 
 
 class SceneAccuracy(PictureMetric):
     """Accuracies of an arm against the scenes that its prompts describe.
 
-    Figures: `count` (as many objects as described), `colour` (the same colours, each as often), `exact` (both),
-    `place`, `shape` and `relation` (share of described objects in place or of the right shape, and of pairs in the
-    right order), and `objects` (found per picture: a mosaic holds dozens). Where records carry drafts also
+    Figures: `count` (as many objects as described), `colour` (the same colours, each as often, so the count is right
+    too), `place`, `shape` and `relation` (share of described objects in place or of the right shape, and of pairs in
+    the right order), and `objects` (found per picture: a mosaic holds dozens). Where records carry drafts also
     `draft_count` and `count_retention`: the arm's count accuracy over that of its own native-size drafts.
     """
 
@@ -71,7 +71,6 @@ def judge(image: Tensor, scene: Scene) -> dict[str, float]:
     values = {
         "count": found.count_correct,
         "colour": found.colours_correct,
-        "exact": found.count_correct and found.colours_correct,
         "place": found.place_accuracy,
         "shape": found.shape_accuracy,
         "relation": found.relation_accuracy,
