@@ -11,7 +11,7 @@
 # the one in assets/tiny-flux. To train the base in assets/tiny-flux further, on other scenes:
 #   VAE_TIME=0 BASE_ARGS="model.initial=assets/tiny-flux seed=3" bash experiments/tiny_base/train.sh OUTPUT
 set -u
-output=$(realpath -m "${1:?give the output folder}")
+output=${1:?give the output folder}
 trainer=${TRAINER:-ddp}
 python=${PYTHON:-python3}
 rates=${LORA_RATES:-"1e-3 3e-3"}
@@ -67,8 +67,10 @@ wait
 stage choose_lora 60 "$python" experiments/tiny_base/choose_lora.py "$output"/logs/lora_* --to "$output/lora" || exit 1
 
 number=0
+# Pictures are judged on the CPU: its cores are shared among the arms, or their threads would fight over them.
+threads=$(($(nproc) / ($(echo "$arms" | wc -w) + 1) + 1))
 for arm in $arms; do
-    CUDA_VISIBLE_DEVICES=$(gpu $number) stage "eval_$arm" "${EVAL_LIMIT:-400}" "$python" src/eval.py base=tiny \
+    OMP_NUM_THREADS=$threads CUDA_VISIBLE_DEVICES=$(gpu $number) stage "eval_$arm" "${EVAL_LIMIT:-400}" "$python" src/eval.py base=tiny \
         paths.tiny_base="$output/base" lora.path="$output/lora" logger=csv "n=${N:-200}" batch_size=16 \
         "+baseline=$arm" "only=[$arm]" 'metrics=[scenes,detail]' hydra.run.dir="$output/evaluation/$arm" ${EVAL_ARGS:-} &
     number=$((number + 1))
