@@ -23,44 +23,95 @@ FLEX_BLOCK = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles by query tile (rows) and key tile (columns)."""
+    """Tiles that hold at least one pair, as a list sorted by query tile, then by key tile."""
 
-    visited: Tensor
-    """bool `[query tiles, key tiles]`: the tile holds at least one pair."""
-    full: Tensor
-    """bool `[query tiles, key tiles]`: every row of the tile reads all of its `block_n` keys, so no mask is needed."""
+    query: Tensor
+    """Query tile of each entry, int64 `[E]`."""
+    key: Tensor
+    """Key tile of each entry, int64 `[E]`, counted through the text, the image and the guidance."""
+    is_full: Tensor
+    """bool `[E]`: every row of the tile reads all of its `block_n` keys, so no mask is needed."""
+    query_tiles: int
     streams: tuple[int, int, int]
-    """Key tiles of the text, the image and the guidance, in the order of the columns."""
+    """Key tiles of the text, the image and the guidance."""
+
+    @property
+    def visited(self) -> Tensor:
+        """As a matrix, bool `[query tiles, key tiles]`: the tile holds at least one pair."""
+        return self._matrix(torch.ones_like(self.is_full))
+
+    @property
+    def full(self) -> Tensor:
+        """As a matrix, bool `[query tiles, key tiles]`: the tile needs no mask."""
+        return self._matrix(self.is_full)
 
     @property
     def partial(self) -> Tensor:
-        """Tiles that need a mask, bool `[query tiles, key tiles]`."""
-        return self.visited & ~self.full
+        """As a matrix, bool `[query tiles, key tiles]`: the tile needs a mask."""
+        return self._matrix(~self.is_full)
+
+    def _matrix(self, values: Tensor) -> Tensor:
+        matrix = torch.zeros(self.query_tiles, sum(self.streams), dtype=torch.bool)
+        matrix[self.query, self.key] = values
+        return matrix
 
 
 def tiles(layout: Layout, block_m: int, block_n: int) -> Tiles:
     """The tiles of `block_m` queries x `block_n` keys, by exact pair counts: no S x S tensor."""
     key_tokens = (layout.text, layout.image.tokens, layout.guidance_tokens)
-    text_tiles, image_tiles, guidance_tiles = (-(-tokens // block_n) for tokens in key_tokens)
+    streams = tuple(-(-tokens // block_n) for tokens in key_tokens)
+    text_tiles, image_tiles, _ = streams
     query_tiles = -(-layout.image.tokens // block_m)
+    key_tiles = sum(streams)
 
-    queries = _counts(torch.arange(layout.image.tokens)[None], block_m, query_tiles)[0]
-    text = _counts(torch.arange(layout.text)[None], block_n, text_tiles)
-    to_image = torch.zeros(query_tiles, image_tiles)
-    to_guidance = torch.zeros(query_tiles, guidance_tiles)
+    queries = _sizes(layout.image.tokens, block_m)
+    text = _sizes(layout.text, block_n)
+    codes = [torch.cartesian_prod(torch.arange(query_tiles), torch.arange(text_tiles)) @ torch.tensor([key_tiles, 1])]
+    pairs = [torch.outer(queries, text).flatten()]
     for group in layout.groups():
         # All queries of a window read all of its keys: pairs of a tile = sum over windows of queries x keys in it.
-        group_queries = _counts(group.queries, block_m, query_tiles).T
-        to_image += group_queries @ _counts(group.keys, block_n, image_tiles)
-        to_guidance += group_queries @ _counts(group.guidance, block_n, guidance_tiles)
-    pairs = torch.cat([queries[:, None] * text, to_image, to_guidance], dim=1)
-    return Tiles(pairs > 0, pairs == queries[:, None] * block_n, (text_tiles, image_tiles, guidance_tiles))
+        group_queries = _counts(group.queries, block_m)
+        for keys, first in ((group.keys, text_tiles), (group.guidance, text_tiles + image_tiles)):
+            left, right, count = _products(group_queries, _counts(keys, block_n))
+            codes.append(left * key_tiles + right + first)
+            pairs.append(count)
+    code, index = torch.cat(codes).unique(return_inverse=True)
+    total = torch.zeros(len(code), dtype=torch.long).index_add_(0, index, torch.cat(pairs))
+    query, key = code // key_tiles, code % key_tiles
+    return Tiles(query, key, total == queries[query] * block_n, query_tiles, streams)
 
 
-def _counts(places: Tensor, block: int, tiles: int) -> Tensor:
-    """How many of each row's places fall into each tile, float32 (exact to 2^24) `[rows, tiles]`."""
-    ones = torch.ones(1).expand(places.shape)
-    return torch.zeros(len(places), tiles).scatter_add_(1, places // block, ones)
+def _sizes(tokens: int, block: int) -> Tensor:
+    """Tokens in each tile of a stream, int64 `[tiles]`."""
+    return (tokens - torch.arange(0, tokens, block)).clamp(max=block)
+
+
+class _Counts(NamedTuple):
+    """How many of each row's places fall into which tile: entries sorted by row."""
+
+    row: Tensor
+    tile: Tensor
+    count: Tensor
+    rows: int
+
+
+def _counts(places: Tensor, block: int) -> _Counts:
+    """`places` is int64 `[rows, places]`."""
+    tile = places // block
+    width = int(tile.max()) + 1 if tile.numel() else 1
+    code, count = (tile + torch.arange(len(places))[:, None] * width).unique(return_counts=True)
+    return _Counts(code // width, code % width, count, len(places))
+
+
+def _products(queries: _Counts, keys: _Counts) -> tuple[Tensor, Tensor, Tensor]:
+    """Query tile, key tile and number of pairs for every two entries of the same row."""
+    repeats = torch.bincount(keys.row, minlength=keys.rows)
+    begin = repeats.cumsum(0) - repeats
+    times = repeats[queries.row]
+    left = torch.arange(len(queries.row)).repeat_interleave(times)
+    within = torch.arange(len(left)) - (times.cumsum(0) - times)[left]
+    right = begin[queries.row[left]] + within
+    return queries.tile[left], keys.tile[right], queries.count[left] * keys.count[right]
 
 
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
