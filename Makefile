@@ -32,11 +32,11 @@ $(INSTALLED): pyproject.toml
 	$(RUN) -m pip install $(PIP_ARGS) -e '.[dev,features]'
 	touch $@
 
-demo: $(INSTALLED)  ## train the LoRA, make pictures at 4x the native size, compare with baselines (minutes, no GPU)
+demo: $(INSTALLED)  ## train the LoRA further, make pictures at 4x the native size, compare with baselines (minutes, no GPU)
 	$(RUN) src/train.py experiment=demo base=tiny hydra.run.dir=$(DEMO)/train
-	$(RUN) src/generate.py base=tiny lora.path=$(DEMO)/train/lora start=0.7 steps=10 output=$(DEMO)/pictures \
+	$(RUN) src/generate.py base=tiny lora.path=$(DEMO)/train/lora output=$(DEMO)/pictures \
 		hydra.run.dir=$(DEMO)/pictures prompt='a large red circle left of a small blue star, on a brick wall'
-	$(RUN) src/eval.py base=tiny lora.path=$(DEMO)/train/lora start=0.7 n=2 steps=8 'metrics=[scenes,detail]' \
+	$(RUN) src/eval.py base=tiny lora.path=$(DEMO)/train/lora n=3 steps=10 'metrics=[scenes,detail]' \
 		'+baseline=[dense,no_lora,bicubic]' hydra.run.dir=$(DEMO)/evaluation
 	@echo "The demo took $$(( ($$(date +%s) - $(BEGIN)) / 60 )) minutes. Its LoRA, pictures and table: $(DEMO)"
 

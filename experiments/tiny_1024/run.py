@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from scale_dit.evaluation.figures import FigureRow, figures_file, merge_rows
+from scale_dit.evaluation.figures import FigureRow, figures_file, merge_rows, rounded
 
 HERE = Path(__file__).parent
 METRICS = ("count", "colour", "place", "detail", "count_retention")
@@ -57,9 +57,9 @@ def figure(row: dict[str, str], where: dict[str, str], date: str) -> FigureRow |
     name = figure_name(row["arm"], row["metric"])
     if name is None or not row["value"]:
         return None
-    low, high = (float(row[key]) if row[key] else None for key in ("low", "high"))
+    value, low, high = (rounded(float(row[key])) if row[key] else None for key in ("value", "low", "high"))
     number = int(row["n"]) if row["n"] else None
-    return FigureRow(name, float(row["value"]), row["unit"], low, high, number, **where, date=date)
+    return FigureRow(name, value, row["unit"], low, high, number, **where, date=date)
 
 
 def write_table(rows: list[dict[str, str]]) -> None:

@@ -82,10 +82,10 @@ def record_figure(
         raise UserError(f"figure {name} is {value}: only finite numbers are recorded")
     row = FigureRow(
         name=name,
-        value=_rounded(value),
+        value=rounded(value),
         unit=unit,
-        low=None if low is None else _rounded(low),
-        high=None if high is None else _rounded(high),
+        low=None if low is None else rounded(low),
+        high=None if high is None else rounded(high),
         n=n,
         command=command or running_command(),
         machine=machine(),
@@ -140,7 +140,8 @@ def _parse(entry: Mapping[str, str]) -> FigureRow:
     )
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """To the six digits that the table keeps."""
     return float(f"{float(value):.6g}")
 
 
