@@ -59,9 +59,9 @@ class Tiles:
 def tiles(layout: Layout, block_m: int, block_n: int) -> Tiles:
     """The tiles of `block_m` queries x `block_n` keys, by exact pair counts: no S x S tensor."""
     key_tokens = (layout.text, layout.image.tokens, layout.guidance_tokens)
-    streams = tuple(-(-tokens // block_n) for tokens in key_tokens)
-    text_tiles, image_tiles, _ = streams
+    text_tiles, image_tiles, guidance_tiles = (-(-tokens // block_n) for tokens in key_tokens)
     query_tiles = -(-layout.image.tokens // block_m)
+    streams = (text_tiles, image_tiles, guidance_tiles)
     key_tiles = sum(streams)
 
     queries = _sizes(layout.image.tokens, block_m)
