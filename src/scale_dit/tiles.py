@@ -91,7 +91,7 @@ class _Counts(NamedTuple):
 
     row: Tensor
     tile: Tensor
-    count: Tensor
+    places: Tensor
     rows: int
 
 
@@ -111,7 +111,7 @@ def _products(queries: _Counts, keys: _Counts) -> tuple[Tensor, Tensor, Tensor]:
     left = torch.arange(len(queries.row)).repeat_interleave(times)
     within = torch.arange(len(left)) - (times.cumsum(0) - times)[left]
     right = begin[queries.row[left]] + within
-    return queries.tile[left], keys.tile[right], queries.count[left] * keys.count[right]
+    return queries.tile[left], keys.tile[right], queries.places[left] * keys.places[right]
 
 
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
