@@ -72,13 +72,14 @@ def main() -> None:
         pipeline.load_lora_weights(folder)
         plan = Method().plan(pipeline.settings, side, side)
         table[f"windows and draft, LoRA {Path(folder).name}"] = losses(pipeline, plan, pair, device)
-    with options.to.open("w", newline="", encoding="utf-8") as file:
+    with options.to.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         where = {
             "command": running_command(), "machine": machine(), "versions": versions_line(),
             "date": datetime.date.today().isoformat(), "commit": commit(),
         }  # fmt: skip
-        writer.writerow(["what", *(f"loss_at_{level}" for level in LEVELS), "n", *where])
+        if file.tell() == 0:
+            writer.writerow(["what", *(f"loss_at_{level}" for level in LEVELS), "n", *where])
         writer.writerows(
             [name, *(f"{value:.4f}" for value in row), options.n, *where.values()] for name, row in table.items()
         )
