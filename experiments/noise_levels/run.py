@@ -6,8 +6,6 @@ python experiments/noise_levels/run.py LORA_FOLDER ...      about a minute a LoR
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 from pathlib import Path
 
 import torch
@@ -16,10 +14,10 @@ from scale_dit.data.captions import caption
 from scale_dit.data.encoding import encode_batch
 from scale_dit.data.scene_batches import held_out_scenes
 from scale_dit.data.scenes import render
+from scale_dit.evaluation.studies import add_rows
 from scale_dit.method import Method, Plan
 from scale_dit.models.flux1 import Text
 from scale_dit.pipeline import ScaleDiTPipeline
-from scale_dit.provenance import commit, machine, running_command, versions_line
 from scale_dit.sampling import add_noise
 
 LEVELS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.5, 0.2)
@@ -72,17 +70,11 @@ def main() -> None:
         pipeline.load_lora_weights(folder)
         plan = Method().plan(pipeline.settings, side, side)
         table[f"windows and draft, LoRA {Path(folder).name}"] = losses(pipeline, plan, pair, device)
-    with options.to.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        where = {
-            "command": running_command(), "machine": machine(), "versions": versions_line(),
-            "date": datetime.date.today().isoformat(), "commit": commit(),
-        }  # fmt: skip
-        if file.tell() == 0:
-            writer.writerow(["what", *(f"loss_at_{level}" for level in LEVELS), "n", *where])
-        writer.writerows(
-            [name, *(f"{value:.4f}" for value in row), options.n, *where.values()] for name, row in table.items()
-        )
+    rows = [
+        {"what": name, **{f"loss_at_{level}": f"{loss:.4f}" for level, loss in zip(LEVELS, row, strict=True)}}
+        for name, row in table.items()
+    ]
+    add_rows(options.to, [row | {"n": options.n} for row in rows], keys=("what",))
     for name, row in table.items():
         print(f"{name:45}", *(f"{value:.4f}" for value in row))
 

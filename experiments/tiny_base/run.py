@@ -11,13 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from scale_dit.data.captions import caption
-from scale_dit.data.parser import parse, score, summarise
 from scale_dit.data.scene_batches import held_out_scenes
 from scale_dit.data.scenes import render
 from scale_dit.embedded.vae import peak_signal_to_noise
 from scale_dit.evaluation.figures import record_figure
 from scale_dit.evaluation.intervals import wilson
+from scale_dit.evaluation.studies import score_drafts
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
 
@@ -31,18 +30,6 @@ def reconstruction_psnr(pipeline: ScaleDiTPipeline, count: int, device: str) -> 
             again = pipeline.base.decode_latents(pipeline.base.encode_images(picture))
         values.append(peak_signal_to_noise(again * 2 - 1, picture * 2 - 1))
     return float(torch.cat(values).mean())
-
-
-def draft_scores(pipeline: ScaleDiTPipeline, count: int, batch: int) -> dict[str, float]:
-    """Accuracies of pictures at the native size from held-out captions."""
-    scenes, scores = held_out_scenes(count), []
-    for first in range(0, count, batch):
-        part = scenes[first : first + batch]
-        generators = [torch.Generator().manual_seed(first + offset) for offset in range(len(part))]
-        prompts = [caption(scene, scene.seed) for scene in part]
-        latents, _ = pipeline.make_drafts(prompts, 1024, 1024, 4.0, None, None, generators)
-        scores += [score(s, parse(p.cpu())) for s, p in zip(part, pipeline.decode(latents), strict=True)]
-    return summarise(scores)
 
 
 def main() -> None:
@@ -60,7 +47,7 @@ def main() -> None:
     pipeline = ScaleDiTPipeline.from_pretrained(options.base, settings).to(device)
     psnr = reconstruction_psnr(pipeline, options.n, device)
     print(f"autoencoder: {psnr:.2f} dB on {options.n} scenes")
-    summary = draft_scores(pipeline, options.n, options.batch)
+    summary = score_drafts(pipeline, held_out_scenes(options.n), options.batch, scale=4.0)[1]
     print("  ".join(f"{name} {value:.3f}" for name, value in summary.items()))
     if options.dry or options.shift is not None:
         return

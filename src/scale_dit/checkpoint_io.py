@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from scale_dit.errors import UserError
+from scale_dit.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,20 +28,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: No room, or no permission; the old file stays.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        partial = path.with_suffix(".partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_atomically(Path(path), content.getbuffer())
 
     def load_checkpoint(
         self,

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from scale_dit.errors import UserError
+from scale_dit.files import csv_text, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +82,7 @@ class MetricsFile(Logger):
         return list(reader.fieldnames or []), rows
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, self.path)
+        write_atomically(self.path, csv_text(self.columns, rows))
 
 
 def wandb_logger(

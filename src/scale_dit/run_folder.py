@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from scale_dit.errors import UserError
+from scale_dit.files import write_atomically
 
 RECORD = "run.json"
 FINISHED = "finished.json"
@@ -28,9 +28,7 @@ MAY_CHANGE = ("data.workers", "model.export")
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or not there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

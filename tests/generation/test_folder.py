@@ -94,7 +94,8 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_disk_that_fills_up_is_said_in_one_sentence(tmp_path):
     picture = PICTURES[0]
-    os.symlink("/dev/full", tmp_path / Path(picture.file_name).with_suffix(".part"))
+    partial = f".{picture.file_name}.{os.getpid()}.part"
+    os.symlink("/dev/full", tmp_path / partial)
     with pytest.raises(UserError, match=r"the disk is full.*Finished pictures are kept"):
         OutputFolder(tmp_path, {}).keep(picture, torch.rand(3, 512, 512), COST)
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scale_dit.data.files import write_atomically
 from scale_dit.data.sources import Skipped
 from scale_dit.errors import UserError
+from scale_dit.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_dit.data.files import write_atomically
 from scale_dit.errors import UserError
+from scale_dit.files import write_atomically
 
 MANIFEST = Path(__file__).with_suffix(".json")
 

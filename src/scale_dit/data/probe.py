@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_dit.data.decode import PictureError, open_picture, upright_size, verify
-from scale_dit.data.files import write_atomically
 from scale_dit.data.sources import PhotoSource
+from scale_dit.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from scale_dit.errors import UserError
+from scale_dit.files import csv_text, write_atomically
 from scale_dit.provenance import commit, machine, project_root, running_command, versions_line
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
@@ -118,13 +119,7 @@ def merge_rows(rows: Sequence[FigureRow], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         merged = {**read_figures(path), **{row.name: row for row in rows}}
-        unfinished = path.with_suffix(".part")
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for name in sorted(merged):
-                writer.writerow({key: "" if v is None else v for key, v in asdict(merged[name]).items()})
-        os.replace(unfinished, path)
+        write_atomically(path, csv_text(COLUMNS, [asdict(merged[name]) for name in sorted(merged)]))
 
 
 def _parse(entry: Mapping[str, str]) -> FigureRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -10,6 +10,7 @@ from textwrap import wrap
 from PIL import Image, ImageDraw, ImageFont
 
 from scale_dit.errors import UserError
+from scale_dit.files import write_atomically
 
 MARGIN = 12
 LINE = 20
@@ -57,10 +58,9 @@ def write_picture_grid(
         for number, line in enumerate(text):
             pen.text((MARGIN, top + side + 2 + number * LINE), line, fill="black", font=font)
         top += height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    sheet.save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    write_atomically(path, content.getbuffer())
 
 
 def _reduced(file: Path, side: int) -> Image.Image:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from scale_dit.files import write_atomically
 
 PROVENANCE = "scale_dit"
 
@@ -51,10 +53,9 @@ def save_picture(image: Tensor, path: Path, provenance: Mapping[str, Any] | None
     information = PngImagePlugin.PngInfo()
     if provenance is not None:
         information.add_itxt(PROVENANCE, json.dumps(dict(provenance), default=str))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    Image.fromarray(pixels).save(unfinished, format="PNG", pnginfo=information, compress_level=1)
-    os.replace(unfinished, path)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG", pnginfo=information, compress_level=1)
+    write_atomically(path, content.getbuffer())
 
 
 def load_picture(path: Path) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from scale_dit.evaluation.metric import Figure
+from scale_dit.files import csv_text, write_atomically
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,9 @@ class Results:
     def write(self) -> None:
         """Write `results.json` and `results.csv`."""
         document = {**self.information, "arms": self.arms, "rows": [asdict(row) for row in self.rows]}
-        _write(self.folder / "results.json", json.dumps(document, indent=2, default=str) + "\n")
-        unfinished = self.folder / "results.csv.part"
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [part.name for part in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in self.rows)
-        os.replace(unfinished, self.folder / "results.csv")
+        write_atomically(self.folder / "results.json", json.dumps(document, indent=2, default=str) + "\n")
+        table = csv_text([part.name for part in fields(Row)], [asdict(row) for row in self.rows])
+        write_atomically(self.folder / "results.csv", table)
 
 
 def print_results(results: Results, console: Any = None) -> None:
@@ -132,12 +127,6 @@ def _cell(row: Row | None) -> str:
     if row.low is None or row.high is None:
         return f"{row.value:.4g}"
     return f"{row.value:.3g} [dim]({row.low:.3g} to {row.high:.3g})[/dim]"
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(path.suffix + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def cost_rows(arm: str, provenances: Sequence[Mapping[str, Any]]) -> list[Row]:

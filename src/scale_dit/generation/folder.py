@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.evaluation.pictures import fingerprint, read_provenance, save_picture
+from scale_dit.files import write_atomically
 from scale_dit.generation.pictures import Picture
 from scale_dit.provenance import commit, machine, versions
 
@@ -87,9 +87,7 @@ class OutputFolder:
             del entry["index"]
             lines.append(json.dumps(entry, ensure_ascii=False))
         with writing(self.path):
-            unfinished = self.path / f"{FINISHED}.part"
-            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(unfinished, self.path / FINISHED)
+            write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
         return self.path / FINISHED
 
     def _fingerprint(self, picture: Picture) -> str:
