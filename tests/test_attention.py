@@ -61,7 +61,10 @@ def random_inputs(
 def output_and_gradients(inputs: tuple, layout: Layout, backend: str) -> list[torch.Tensor]:
     """Both outputs and the gradients of every input, of a loss that weighs every output differently."""
     outputs = attend(*inputs, layout, backend)
-    loss = sum((output * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum() for output in outputs)
+    loss = sum(
+        (output * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum()
+        for output in outputs
+    )
     leaves = [part for stream in inputs if stream for part in stream]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [*outputs, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
@@ -237,7 +240,7 @@ def test_a_mask_that_would_fill_the_memory_is_refused():
 
 
 def test_unknown_backends_name_the_known():
-    with pytest.raises(UserError, match=r"'flash'.*auto, flex, masked, reference, sdpa"):
+    with pytest.raises(UserError, match=r"'flash'.*auto, flex, masked, reference, sdpa, triton"):
         attend(*random_inputs(SQUARE), SQUARE, "flash")
 
 

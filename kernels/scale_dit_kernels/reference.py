@@ -23,12 +23,32 @@ def masked_attention(
     Returns:
         The output `[B, S, H, D]` and the natural log-sum-exp of each row's logits `[B, S, H]`, both float64.
     """
-    query, key, value = query.double(), key.double(), value.double()
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights, log_sum = _weights(query.double(), key.double(), mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("bshk,bkhd->bshd", weights, value.double()), log_sum
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     logits = torch.einsum("bshd,bkhd->bshk", query, key) * scale
     # Rows that may read nothing keep their logits and lose their weights: no inf - inf, forward or backward.
     empty = ~mask.any(-1)
     logits = logits.masked_fill(~(mask | empty[:, None])[None, :, None, :], -torch.inf)
     weights = logits.softmax(-1).masked_fill(empty[None, :, None, None], 0.0)
-    log_sum = logits.logsumexp(-1).masked_fill(empty[None, :, None], -torch.inf)
-    return torch.einsum("bshk,bkhd->bshd", weights, value), log_sum
+    return weights, logits.logsumexp(-1).masked_fill(empty[None, :, None], -torch.inf)
+
+
+def masked_attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `masked_attention`'s query, key and value, float64, from that of its output `[B, S, H, D]`.
+
+    Written out, for places where autograd does not record, such as inside an operator of torch.
+    """
+    query, key, value, gradient = (part.double() for part in (query, key, value, gradient))
+    weights, _ = _weights(query, key, mask, scale)
+    by_weight = torch.einsum("bshd,bkhd->bshk", gradient, value)
+    by_logit = weights * (by_weight - (weights * by_weight).sum(-1, keepdim=True)) * scale
+    return (
+        torch.einsum("bshk,bkhd->bshd", by_logit, key),
+        torch.einsum("bshk,bshd->bkhd", by_logit, query),
+        torch.einsum("bshk,bshd->bkhd", weights, gradient),
+    )

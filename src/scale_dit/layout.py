@@ -15,9 +15,10 @@ size, and nothing of size S x S is made unless it is asked for.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import product
+from json import dumps, loads
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -91,8 +92,20 @@ class Layout:
     scope: str = "aligned"
     text_reads_image: bool = True
     order: str = "window"
+    json: str = field(init=False, repr=False, compare=False)
+    """The layout as text, for operators of torch, which take no objects; see `from_json`."""
 
     def __post_init__(self) -> None:
+        self._check()
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
+        object.__setattr__(self, "json", dumps(given, default=asdict))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """The layout whose `json` this is. Cached."""
+        return _from_json(text)
+
+    def _check(self) -> None:
         cell = self.image.cell
         if self.text < 0:
             raise UserError(f"Text length is {self.text} tokens, but it cannot be negative.")
@@ -267,3 +280,10 @@ def _within(places: Tensor, rectangle: Rectangle) -> Tensor:
     """Places in memory of a rectangle's tokens, ascending, `[tokens]`."""
     rows, columns = rectangle
     return places[rows.start : rows.stop, columns.start : columns.stop].flatten().sort().values
+
+
+@lru_cache(maxsize=256)
+def _from_json(text: str) -> Layout:
+    given = loads(text)
+    grids = {name: Grid(**given[name]) for name in ("image", "guidance") if given[name]}
+    return Layout(**{**given, **grids})

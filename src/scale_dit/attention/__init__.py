@@ -20,17 +20,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from scale_dit.attention import triton
 from scale_dit.errors import UserError
 from scale_dit.layout import Layout
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 SMALL_PICTURE = 1024
 """Image tokens up to which `auto` takes one masked attention."""
 
 
-@torch.compiler.disable
 def attend(
     text: QueryKeyValue | None,
     image: QueryKeyValue,
@@ -49,7 +50,8 @@ def attend(
         backend: a name from `backends()`, or `auto`.
         scale: factor of the logits, `D ** -0.5` by default.
 
-    A compiled model calls this as one break between its graphs: the geometry is looked up, not traced.
+    A compiled model traces backend `triton`, which is an operator of torch. The others are one break between its
+    graphs: their geometry is looked up, not traced.
 
     Returns:
         Outputs of the text rows `[B, T, H, D]` and of the image rows `[B, N, H, D]`.
@@ -73,12 +75,23 @@ def attend(
                 f"The layout has {tokens} {name} tokens, but the tensors are {shapes} ([B, tokens, H, D])."
             )
 
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton" or (backend == "auto" and takes_triton(query.device, query.dtype, query.shape[-1])):
+        return triton.attend(text, image, guidance, layout, scale)
+    return _attend_eagerly(text, image, guidance, layout, backend, scale)
+
+
+@torch.compiler.disable
+def _attend_eagerly(
+    text: QueryKeyValue, image: QueryKeyValue, guidance: KeyValue, layout: Layout, backend: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    query = image[0]
     if backend == "auto":
-        backend, _ = choose_backend(query.device, query.dtype, layout)
+        backend, _ = choose_backend(query.device, query.dtype, layout, query.shape[-1])
     module = _module(backend)
     if problem := module.unavailable(query.device, query.dtype):
         raise UserError(f"Attention backend '{backend}' cannot run here: {problem}")
-    return module.attend(text, image, guidance, layout, query.shape[-1] ** -0.5 if scale is None else scale)
+    return module.attend(text, image, guidance, layout, scale)
 
 
 def backends() -> list[str]:
@@ -86,11 +99,18 @@ def backends() -> list[str]:
     return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if not name.startswith("_"))
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> tuple[str, str]:
+def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout, head_dim: int = 128) -> tuple[str, str]:
     """The backend that `auto` takes for these inputs, and why."""
+    if takes_triton(device, dtype, head_dim):
+        return "triton", "the project's kernel visits the tiles that the layout holds, and no others"
     if layout.image.tokens <= SMALL_PICTURE:
         return "masked", f"fastest up to {SMALL_PICTURE} image tokens: one call instead of one for each kind of window"
     return "sdpa", "reads what the windows hold and no more, on every device"
+
+
+def takes_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `auto` takes the project's kernel: on CUDA GPUs, in 16 bits, for the head sizes that it knows."""
+    return triton.HAS_TRITON and device.type == "cuda" and dtype in HALF_PRECISION and head_dim in triton.HEAD_SIZES
 
 
 def avoid_failing_kernels(head_size: int) -> None:

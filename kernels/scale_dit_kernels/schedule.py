@@ -1,0 +1,166 @@
+"""What the kernels are told: which tiles to visit, how to mask the partial ones, and how long lists are split.
+
+Everything here is a tensor of int32 on the device. Streams are numbered: 0 text, 1 image, 2 guidance. A tile is a
+stream and the place of its first token; an entry of a list packs both as `start * 4 + stream`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TEXT, IMAGE, GUIDANCE = range(3)
+NOTHING = (1 << 28) * 4 + IMAGE
+"""A tile behind the end of every picture: fetched as zeros, and masked."""
+COLUMNS = 8
+"""Numbers of an item of `Work`: six, and two that align it."""
+FIXED_STEPS = 1
+"""What an item costs beside its steps, in steps."""
+
+
+class Lists(NamedTuple):
+    """Which tiles go with which: rows of query tiles with their key tiles, or columns of key tiles with their queries.
+
+    An item is one program's work: `(entry, begin, end of the full tiles, end, slot)`. Items with a slot hold only part
+    of a tile's list and leave a partial result there, to be merged in the order of the slots.
+    """
+
+    items: Tensor
+    """`[items, 5]`, longest first."""
+    entries: Tensor
+    """`[entries]`: each item's full tiles, then its partial ones."""
+    merges: Tensor
+    """`[split tiles, 3]`: `(entry, first slot, slots)`."""
+    slots: int
+
+
+class Work(NamedTuple):
+    """Rows for a kernel whose programs stay: keys in pairs of tiles, and a list of items for every program."""
+
+    items: Tensor
+    """`[items x batch x heads + 1, COLUMNS]`, program by program: what an item of `Lists` says, counted in pairs, and
+    `batch * heads + head`. The last row is read ahead and not used."""
+    starts: Tensor
+    """`[programs + 1]`: where each program's items begin."""
+    pairs: Tensor
+    """`[pairs, 2]`: entries, wholly allowed ones first; `NOTHING` fills up a pair."""
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """All that depends on the layout and not on the tensors' values.
+
+    Args:
+        block_m, block_n: Query tokens and key tokens of a tile.
+        tokens: Text, image and guidance tokens.
+        text_reads_image: Whether text rows read the image.
+        rows: Query tiles, each with the key tiles it visits.
+        columns: Key tiles, each with the query tiles that visit it: the backward pass of keys and values.
+        reads: `[8, N]`: what each image token reads, as first and last + 1 row and column, first of the picture, then
+            of the draft.
+        image_places, guidance_places: `[N]`, `[L]`: row and column of each token, `row * 65536 + column`.
+    """
+
+    block_m: int
+    block_n: int
+    tokens: tuple[int, int, int]
+    rows: Lists
+    columns: Lists
+    reads: Tensor
+    image_places: Tensor
+    guidance_places: Tensor
+
+
+class TileLists(NamedTuple):
+    """Lists before they are laid out: entry `i` says that tile `owner[i]` goes with tile `other[i]` of a stream."""
+
+    owner: Tensor
+    """`[E]`, packed tiles, sorted so that equal ones are neighbours."""
+    other: Tensor
+    """`[E]`, packed tiles."""
+    is_full: Tensor
+    """`[E]`, whether the pair needs no mask."""
+
+
+def packed(stream: int, start: Tensor) -> Tensor:
+    """Tiles as the kernels read them."""
+    return start * 4 + stream
+
+
+def sorted_by(*keys: Tensor) -> Tensor:
+    """Places in ascending order of the first key, then of the second, and so on; ties keep their order."""
+    order = torch.arange(len(keys[0]))
+    for values in reversed(keys):
+        order = order[values[order].to(torch.int64).argsort(stable=True)]
+    return order
+
+
+def lay_out(lists: TileLists, longest: int, device: torch.device) -> Lists:
+    """Lay lists out for a kernel, splitting those with more than `longest` entries."""
+    order = sorted_by(lists.owner, ~lists.is_full)
+    owners, counts = lists.owner[order].unique_consecutive(return_counts=True)
+    full = torch.zeros_like(counts).index_add_(
+        0, torch.arange(len(owners)).repeat_interleave(counts), lists.is_full[order].to(counts.dtype)
+    )
+    begins = counts.cumsum(0) - counts
+    items, merges, slots = [], [], 0
+    for owner, begin, count, fulls in zip(*(part.tolist() for part in (owners, begins, counts, full)), strict=True):
+        parts = -(-count // longest)
+        borders = [begin + count * part // parts for part in range(parts + 1)]
+        for first, last in pairwise(borders):
+            full_end = min(max(begin + fulls, first), last)
+            items.append((owner, first, full_end, last, slots if parts > 1 else -1))
+            slots += parts > 1
+        if parts > 1:
+            merges.append((owner, slots - parts, parts))
+    items.sort(key=lambda item: item[1] - item[3])
+
+    def table(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device)
+
+    return Lists(table(items, 5), lists.other[order].to(device, torch.int32), table(merges, 3), slots)
+
+
+def share_out(rows: Lists, batch_heads: int, programs: int) -> Work:
+    """Pair the tiles of every item, and give the items, longest first, to whichever program has least to do.
+
+    Items that read the same keys follow each other, so that these are fetched from memory once and then from the cache.
+    """
+    entries = rows.entries.cpu().long()
+    items = rows.items.cpu().long()
+    ends = entries[torch.stack([items[:, 1], items[:, 3] - 1])] if len(entries) else items.new_zeros(2, len(items))
+    order = sorted_by(items[:, 1] - items[:, 3], *ends, items[:, 0])
+    items, ends = items[order], ends[:, order]
+    begin, full_end, end = items[:, 1], items[:, 2], items[:, 3]
+    count = (end - begin + 1) // 2
+    first = count.cumsum(0) - count
+    pairs = torch.full((int(count.sum()) * 2,), NOTHING)
+    lengths = end - begin
+    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    pairs[2 * first.repeat_interleave(lengths) + within] = entries[begin.repeat_interleave(lengths) + within]
+    paired = torch.stack([items[:, 0], first, first + (full_end - begin) // 2, first + count, items[:, 4]], dim=1)
+
+    alike = torch.stack([count, *ends])
+    _, sizes = alike.unique_consecutive(dim=1, return_counts=True)
+    loads = [(0, program) for program in range(programs)]
+    shares: list[list[int]] = [[] for _ in range(programs)]
+    begin_item = 0
+    for size in sizes.tolist():
+        steps = int(count[begin_item]) + FIXED_STEPS
+        for batch_head in range(batch_heads):
+            for item in range(begin_item, begin_item + size):
+                load, program = heapq.heappop(loads)
+                shares[program].append(item * batch_heads + batch_head)
+                heapq.heappush(loads, (load + steps, program))
+        begin_item += size
+    starts = torch.tensor([0, *(len(share) for share in shares)]).cumsum(0)
+    numbers = torch.tensor([number for share in shares for number in share])
+    table = torch.zeros(len(numbers) + 1, COLUMNS, dtype=torch.long)
+    table[:-1, :5], table[:-1, 5] = paired[numbers // batch_heads], numbers % batch_heads
+    return Work(*(part.to(rows.items.device, torch.int32) for part in (table, starts, pairs.view(-1, 2))))

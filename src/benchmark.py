@@ -1,0 +1,25 @@
+"""Time the attention kernels beside each other: correct first, then interleaved.
+
+python src/benchmark.py kernel=attention
+python src/benchmark.py kernel=attention 'kernel.sizes=[1024,4096]' 'kernel.patterns=[official]' kernel.passes=[forward]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from scale_dit.entry import entry_point
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
+@entry_point
+def main(cfg: DictConfig) -> None:
+    """Run the benchmark that `kernel` names."""
+    hydra.utils.instantiate(cfg.kernel, _convert_="all").run(Path(cfg.to))
+
+
+if __name__ == "__main__":
+    main()

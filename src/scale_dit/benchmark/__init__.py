@@ -1,0 +1,1 @@
+"""Benchmarks of the parts that a picture's time goes into."""

@@ -1,0 +1,40 @@
+"""The kernels in Triton's interpreter against the float64 reference: python interpreted.py LAYOUT ...
+
+A program of its own, because the interpreter must be chosen before Triton is imported. In float32: the interpreter's
+bfloat16 is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from scale_dit_kernels import attention as kernels
+from test_attention import LAYOUTS, output_and_gradients, random_inputs
+
+from scale_dit.attention import triton
+
+torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN: what a kernel leaves out is found
+torch.use_deterministic_algorithms(True)
+
+
+def main() -> None:
+    kernels.TILES[4] = ((16, 16), (16, 32))
+    for name in sys.argv[1:]:
+        inputs = random_inputs(LAYOUTS[name], torch.float32, sharpness=8.0, head_dim=16)
+        wanted = output_and_gradients(inputs, LAYOUTS[name], "reference")
+        for longest in (128, 3):  # whole lists, and split ones
+            triton.LONGEST, triton.PARTS = longest, 10**6
+            triton.schedule.cache_clear()
+            triton._plan.cache_clear()
+            actual = output_and_gradients(inputs, LAYOUTS[name], "triton")
+            for part, (ours, right) in enumerate(zip(actual, wanted, strict=True)):
+                error = (ours - right).abs().max() / right.abs().max().clamp_min(1e-6) if right.numel() else 0
+                assert error < 2e-5, f"{name}, lists up to {longest}, tensor {part}: relative error {error:.1e}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The Triton kernels without a GPU: right in the interpreter, and compiled for Hopper as they are meant to be."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_attention import LAYOUTS, random_inputs
+from training_runs import command_environment
+
+from scale_dit.attention import triton as backend
+from scale_dit.layout import Layout
+
+triton = pytest.importorskip("triton")
+
+from scale_dit_kernels.attention import TILES  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+STREAM = re.compile(r"(Q|K|V|O|G|D|DK|DV)_")
+FLOATS = ("lse", "part_out", "part_lse", "dots", "parts", "key_parts", "value_parts")
+INTEGERS = ("items", "entries", "reads", "image_places", "guidance_places", "merges", "work", "starts", "pairs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layouts", [("square", "guidance pass"), ("ragged",), ("no text", "text does not read")])
+def test_output_and_gradients_in_the_interpreter(layouts):
+    answer = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted.py")), *layouts],
+        env=command_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_operator_keeps_the_rules_of_torch(name):
+    layout = LAYOUTS[name]
+    text, image, guidance = random_inputs(layout)
+    nothing = image[0].detach()[:, :0]
+    parts = (*(text or (nothing,) * 3), *image, *(guidance or (nothing,) * 2))
+    parts = tuple(part.detach().clone().requires_grad_() for part in parts)
+    checks = torch.library.opcheck(backend.windowed_attention, (*parts, layout.json, 0.3))
+    assert set(checks.values()) == {"SUCCESS"}
+    torch.autograd.gradcheck(
+        lambda *each: backend.windowed_attention(*each, layout.json, 0.3)[:2], parts, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_survives_its_text(name):
+    assert Layout.from_json(LAYOUTS[name].json) == LAYOUTS[name]
+
+
+def signature(kernel, constants: dict) -> tuple[dict, dict]:
+    """Types of a kernel's arguments, bfloat16 streams aligned to 16 bytes, and the attributes that say so."""
+    types, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        aligned = [["tt.divisibility", 16]]
+        if name in constants:
+            types[name] = "constexpr"
+        elif name == "tokens":
+            types[name] = ("i32",) * 3
+        elif STREAM.match(name):
+            types[name] = ("*bf16", "i32", "i32", "i32")
+            attributes |= {(place, part): aligned for part in range(4)}
+        elif name in FLOATS + INTEGERS:
+            types[name] = "*fp32" if name in FLOATS else "*i32"
+            attributes[(place,)] = aligned
+        else:
+            types[name] = "fp32" if name in ("scale", "factor") else "i32"
+    return types, attributes
+
+
+def assemble(source, folder: Path, **options) -> tuple[str, str]:
+    """What the assembler reports of a kernel compiled for Hopper, and its machine code."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= 227 * 1024
+    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
+    report = subprocess.run(
+        [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    code = subprocess.run(
+        [TOOLS / "nvdisasm", "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    return report, code.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "blocks", "stages"),
+    [("forward", "_forward", TILES[2][0], 3), ("backward", "_query_gradients", TILES[2][1], 3)],
+)
+def test_portable_kernels_compile_for_hopper_without_spills(module, name, blocks, stages, tmp_path):
+    kernel = getattr(__import__(f"scale_dit_kernels.{module}", fromlist=[name]), name)
+    constants = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "HEAD_DIM": 128, "PRECISION": "tf32"}
+    types, attributes = signature(kernel, constants)
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=attributes)
+    report, code = assemble(source, tmp_path, num_warps=4, num_stages=stages)
+    assert "HGMMA" in code
+    assert re.search(r"\b0 bytes spill stores", report), report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_makes_weights_while_products_run_and_spills_nothing_then(head_dim, tmp_path):
+    from scale_dit_kernels import hopper
+
+    columns = 64
+    layouts = [gl.NVMMASharedLayout(2 * columns, 16, rank) for rank in (4, 2)]
+    constants = {"HEAD_DIM": head_dim, "COLUMNS": columns, "STAGES": hopper.stages(head_dim)}
+    constants |= dict(zip(("BOX_LAYOUT", "TILE_LAYOUT"), layouts, strict=True))
+    types, attributes = {}, {}
+    for place, name in enumerate(hopper._forward.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif re.match(r"[qkv]_", name):
+            types[name] = f"tensordesc<bf16[1, 64, 1, {columns}],{layouts[0]!r}>"
+        else:
+            pointers = (
+                {"O_text": "*bf16", "O_image": "*bf16"}
+                | dict.fromkeys(FLOATS, "*fp32")
+                | dict.fromkeys(INTEGERS, "*i32")
+            )
+            types[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
+            if name in pointers or name.startswith("o_"):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(hopper._forward, signature=types, constexprs=constants, attrs=attributes)
+    _, code = assemble(source, tmp_path, num_warps=4, maxnreg=168)
+    # The first loop over wholly allowed tiles: between the wait for the logits and the wait for the output.
+    body = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1].split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0]
+    assert body.count("MUFU.EX2") >= 64
+    assert "HGMMA" not in body
+    assert len(re.findall(r"\b(?:STL|LDL)\b", body)) <= 2  # at the loop's end; none among the exponentials
