@@ -18,8 +18,6 @@ from torch import Tensor
 TEXT, IMAGE, GUIDANCE = range(3)
 NOTHING = (1 << 28) * 4 + IMAGE
 """A tile behind the end of every picture: fetched as zeros, and masked."""
-COLUMNS = 8
-"""Numbers of an item of `Work`: six, and two that align it."""
 FIXED_STEPS = 1
 """What an item costs beside its steps, in steps."""
 
@@ -43,11 +41,12 @@ class Lists(NamedTuple):
 class Work(NamedTuple):
     """Rows for a kernel whose programs stay: keys in pairs of tiles, and a list of items for every program."""
 
-    items: Tensor
-    """`[items x batch x heads + 1, COLUMNS]`, program by program: what an item of `Lists` says, counted in pairs, and
-    `batch * heads + head`. The last row is read ahead and not used."""
+    order: Tensor
+    """`[items x batch x heads]`: `item * batch * heads + batch * heads + head`, program by program."""
     starts: Tensor
-    """`[programs + 1]`: where each program's items begin."""
+    """`[programs + 1]`: where each program's part of `order` begins."""
+    items: Tensor
+    """As of `Lists`, counted in pairs."""
     pairs: Tensor
     """`[pairs, 2]`: entries, wholly allowed ones first; `NOTHING` fills up a pair."""
 
@@ -161,6 +160,4 @@ def share_out(rows: Lists, batch_heads: int, programs: int) -> Work:
         begin_item += size
     starts = torch.tensor([0, *(len(share) for share in shares)]).cumsum(0)
     numbers = torch.tensor([number for share in shares for number in share])
-    table = torch.zeros(len(numbers) + 1, COLUMNS, dtype=torch.long)
-    table[:-1, :5], table[:-1, 5] = paired[numbers // batch_heads], numbers % batch_heads
-    return Work(*(part.to(rows.items.device, torch.int32) for part in (table, starts, pairs.view(-1, 2))))
+    return Work(*(part.to(rows.items.device, torch.int32) for part in (numbers, starts, paired, pairs.view(-1, 2))))

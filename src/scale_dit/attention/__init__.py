@@ -27,7 +27,6 @@ from scale_dit.layout import Layout
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 SMALL_PICTURE = 1024
 """Image tokens up to which `auto` takes one masked attention."""
 
@@ -76,7 +75,7 @@ def attend(
             )
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton" or (backend == "auto" and takes_triton(query.device, query.dtype, query.shape[-1])):
+    if backend == "triton":
         return triton.attend(text, image, guidance, layout, scale)
     return _attend_eagerly(text, image, guidance, layout, backend, scale)
 
@@ -87,7 +86,7 @@ def _attend_eagerly(
 ) -> tuple[Tensor, Tensor]:
     query = image[0]
     if backend == "auto":
-        backend, _ = choose_backend(query.device, query.dtype, layout, query.shape[-1])
+        backend, _ = choose_backend(query.device, query.dtype, layout)
     module = _module(backend)
     if problem := module.unavailable(query.device, query.dtype):
         raise UserError(f"Attention backend '{backend}' cannot run here: {problem}")
@@ -99,18 +98,11 @@ def backends() -> list[str]:
     return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if not name.startswith("_"))
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout, head_dim: int = 128) -> tuple[str, str]:
+def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> tuple[str, str]:
     """The backend that `auto` takes for these inputs, and why."""
-    if takes_triton(device, dtype, head_dim):
-        return "triton", "the project's kernel visits the tiles that the layout holds, and no others"
     if layout.image.tokens <= SMALL_PICTURE:
         return "masked", f"fastest up to {SMALL_PICTURE} image tokens: one call instead of one for each kind of window"
     return "sdpa", "reads what the windows hold and no more, on every device"
-
-
-def takes_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `auto` takes the project's kernel: on CUDA GPUs, in 16 bits, for the head sizes that it knows."""
-    return triton.HAS_TRITON and device.type == "cuda" and dtype in HALF_PRECISION and head_dim in triton.HEAD_SIZES
 
 
 def avoid_failing_kernels(head_size: int) -> None:
