@@ -1,7 +1,8 @@
-"""Time the attention kernels beside each other: correct first, then interleaved.
+"""Time the kernels beside what a user could install instead: correct first, then interleaved.
 
 python src/benchmark.py kernel=attention
 python src/benchmark.py kernel=attention 'kernel.sizes=[1024,4096]' 'kernel.patterns=[official]' kernel.passes=[forward]
+python src/benchmark.py kernel=norm_rotate
 """
 
 from __future__ import annotations

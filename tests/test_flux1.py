@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.method import Method, Plan
+from scale_dit.models.flux_attention import norm_and_rotate
 
 ORDERS = ("raster", "window", "hilbert")
 TIMES = torch.tensor([0.3, 0.9871])
@@ -223,3 +224,14 @@ def test_text_of_another_length_is_refused():
     plan = Method(windowed=False, guidance=False).plan(SETTINGS, 64, 64)
     with pytest.raises(UserError, match="7 text tokens were given, but the plan is for 24"):
         base.image_pass(noise(1, 16, 64), random_text(1, base.transformer, length=7), TIMES[:1], plan, None, 1)
+
+
+def test_norm_and_rotation_are_the_same_in_one_pass():
+    attn = drive(flux()).transformer.transformer_blocks[0].attn
+    query = torch.randn(2, 9, 3, attn.head_dim)
+    angles = torch.randn(9, attn.head_dim // 2).repeat_interleave(2, dim=1)
+    rotary = (angles.cos(), angles.sin())
+    torch.testing.assert_close(
+        norm_and_rotate(query, attn.norm_q, rotary, fused=True),
+        norm_and_rotate(query, attn.norm_q, rotary, fused=False),
+    )

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scale_dit.attention import attend, backends
 from scale_dit.benchmark.exact import text_rows, window_rows
+from scale_dit.benchmark.timing import gemm_rate, interleaved, need_gpu, percentiles
 from scale_dit.errors import UserError
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.grid import Grid
@@ -90,8 +91,7 @@ class AttentionBenchmark:
         Raises:
             UserError: there is no CUDA GPU.
         """
-        if not torch.cuda.is_available():
-            raise UserError("the benchmark needs a CUDA GPU, and this machine has none")
+        need_gpu()
         gemm = gemm_rate()
         print(f"{torch.cuda.get_device_name()}: bf16 matrix product {gemm / 1e12:.0f} TFLOP/s", flush=True)
         too_long: set[tuple[str, str]] = set()
@@ -165,40 +165,11 @@ def gate(case: Case, outputs: tuple[Tensor, Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, longest_seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every call, which take turns, so that clocks and heat are alike; caches are flushed between.
-
-    A call whose first run is longer than `longest_seconds` runs no more.
-    """
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            if times[name] and times[name][0] > 1000 * longest_seconds:
-                continue
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            if number:  # the first round warms up
-                times[name].append(start.elapsed_time(end))
-    return times
-
-
 def measures(milliseconds: Sequence[float], flops: float, gemm: float) -> dict[str, object]:
     """Percentiles, rate, and the share of the rate of a large matrix product."""
-    low, middle, high = torch.tensor(milliseconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    rate = flops / middle * 1e3
-    return {
-        "p20_ms": f"{low:.4f}", "p50_ms": f"{middle:.4f}", "p80_ms": f"{high:.4f}", "tflop": f"{flops / 1e12:.4f}",
-        "tflops": f"{rate / 1e12:.1f}", "share_of_gemm": f"{rate / gemm:.3f}", "rounds": len(milliseconds),
+    found = percentiles(milliseconds)
+    rate = flops / float(found["p50_ms"]) * 1e3
+    return found | {
+        "tflop": f"{flops / 1e12:.4f}", "tflops": f"{rate / 1e12:.1f}", "share_of_gemm": f"{rate / gemm:.3f}",
+        "rounds": len(milliseconds),
     }  # fmt: skip
-
-
-def gemm_rate(side: int = 8192) -> float:
-    """FLOP/s of a bfloat16 matrix product of this card, median of 20."""
-    left, right = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = interleaved({"product": lambda: left @ right}, 20, 1.0)["product"]
-    return 2 * side**3 / torch.tensor(times).median().item() * 1e3

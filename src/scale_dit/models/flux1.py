@@ -22,7 +22,7 @@ from scale_dit.attention import avoid_failing_kernels
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
-from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, project, rotate
+from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, fuses, project
 from scale_dit.models.settings import BaseSettings
 from scale_dit.quiet import truncating_quietly
 
@@ -198,7 +198,7 @@ class Flux1:
             _, hidden = self._run(block, self.guidance_adapters, hidden, no_text, embedding, rotary, attention)
             keys_values += recorded
         with active_adapters(last, self.guidance_adapters):
-            keys_values.append(_block_keys_values(last, hidden, embedding, rotary))
+            keys_values.append(_block_keys_values(last, hidden, embedding, rotary, fuses(self.backend)))
         return keys_values
 
     def image_pass(
@@ -290,8 +290,10 @@ class Flux1:
         return stretched(ids.to(device))
 
 
-def _block_keys_values(block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor]) -> KeysValues:
+def _block_keys_values(
+    block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor], fused: bool
+) -> KeysValues:
     """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
     norm = block.norm1 if hasattr(block, "norm1") else block.norm
-    _, key, value = rotate(project(block.attn, norm(hidden, emb=embedding)[0]), rotary)
+    _, key, value = project(block.attn, norm(hidden, emb=embedding)[0], rotary, fused)
     return key, value

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from torch import Tensor
+from scale_dit_kernels.rotation import norm_rotate
+from torch import Tensor, nn
 
 from scale_dit.attention import QueryKeyValue, attend
 from scale_dit.layout import Layout
@@ -58,7 +59,8 @@ class LayoutAttnProcessor:
         if image_rotary_emb is None:
             raise ValueError("FLUX's attention needs rotary embeddings")
         length = block_attention.layout.text
-        text, image = _text_and_image(attn, hidden_states, encoder_hidden_states, image_rotary_emb, length)
+        fused = fuses(block_attention.backend)
+        text, image = _text_and_image(attn, hidden_states, encoder_hidden_states, image_rotary_emb, length, fused)
         if block_attention.recorded == []:
             block_attention.recorded.append((image[1], image[2]))
         text_out, image_out = attend(
@@ -71,40 +73,60 @@ class LayoutAttnProcessor:
 
 
 def _text_and_image(
-    attn: FluxAttention, hidden: Tensor, text_hidden: Tensor | None, rotary: tuple[Tensor, Tensor], length: int
+    attn: FluxAttention,
+    hidden: Tensor,
+    text_hidden: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    length: int,
+    fused: bool,
 ) -> tuple[QueryKeyValue | None, QueryKeyValue]:
     """Query, key and value of both parts: a single block gets `length` text tokens in front of the image's."""
     if length == 0:
-        return None, rotate(project(attn, hidden), rotary)
+        return None, project(attn, hidden, rotary, fused)
     if text_hidden is None:
-        query, key, value = rotate(project(attn, hidden), rotary)
+        query, key, value = project(attn, hidden, rotary, fused)
         return (
             (query[:, :length], key[:, :length], value[:, :length]),
             (query[:, length:], key[:, length:], value[:, length:]),
         )
     cosine, sine = rotary
-    text = rotate(project_text(attn, text_hidden), (cosine[:length], sine[:length]))
-    return text, rotate(project(attn, hidden), (cosine[length:], sine[length:]))
+    text = project_text(attn, text_hidden, (cosine[:length], sine[:length]), fused)
+    return text, project(attn, hidden, (cosine[length:], sine[length:]), fused)
 
 
-def project(attn: FluxAttention, hidden: Tensor) -> QueryKeyValue:
-    """Query, key and value `[B, S, H, D]` of image tokens `[B, S, C]`, or of all tokens in a single block."""
+def project(attn: FluxAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], fused: bool) -> QueryKeyValue:
+    """Query, key and value `[B, S, H, D]` of image tokens `[B, S, C]`, or of all tokens in a single block.
+
+    Queries and keys are normalised and turned to their places; `rotary` is cosine and sine, `[S, D]` each.
+    """
     query, key, value = (
         projection(hidden).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.to_q, attn.to_k, attn.to_v)
     )
-    return attn.norm_q(query), attn.norm_k(key), value
+    return norm_and_rotate(query, attn.norm_q, rotary, fused), norm_and_rotate(key, attn.norm_k, rotary, fused), value
 
 
-def project_text(attn: FluxAttention, hidden: Tensor) -> QueryKeyValue:
-    """Query, key and value `[B, T, H, D]` of text tokens `[B, T, C]` in a double block."""
+def project_text(attn: FluxAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], fused: bool) -> QueryKeyValue:
+    """Query, key and value `[B, T, H, D]` of text tokens `[B, T, C]` in a double block, as `project`."""
     query, key, value = (
         projection(hidden).unflatten(-1, (-1, attn.head_dim))
         for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     )
-    return attn.norm_added_q(query), attn.norm_added_k(key), value
+    query, key = (
+        norm_and_rotate(part, norm, rotary, fused)
+        for part, norm in ((query, attn.norm_added_q), (key, attn.norm_added_k))
+    )
+    return query, key, value
 
 
-def rotate(qkv: QueryKeyValue, rotary: tuple[Tensor, Tensor]) -> QueryKeyValue:
-    """Query and key turned to their places; `rotary` is cosine and sine, `[S, D]` each."""
-    query, key, value = qkv
-    return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1), value
+def fuses(backend: str) -> bool:
+    """Whether norm and rotation are one pass over memory, which they are beside the project's attention kernel."""
+    return backend == "triton"
+
+
+def norm_and_rotate(tensor: Tensor, norm: nn.RMSNorm, rotary: tuple[Tensor, Tensor], fused: bool) -> Tensor:
+    """Queries or keys `[B, S, H, D]`, normalised and turned; fused, they are not rounded in between."""
+    # A weight elsewhere is brought by a hook of the module when it is called.
+    if fused and norm.weight is not None and norm.weight.device == tensor.device:
+        eps = torch.finfo(tensor.dtype).eps if norm.eps is None else norm.eps
+        return norm_rotate(tensor, norm.weight, *rotary, eps)
+    return apply_rotary_emb(norm(tensor), rotary, sequence_dim=1)
