@@ -1,4 +1,4 @@
-"""Time the kernels beside what a user could install instead: correct first, then interleaved.
+"""Time the kernels beside what a user could install instead: correct outputs first, then interleaved.
 
 python src/benchmark.py kernel=attention
 python src/benchmark.py kernel=attention 'kernel.sizes=[1024,4096]' 'kernel.patterns=[official]' kernel.passes=[forward]

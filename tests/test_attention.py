@@ -58,9 +58,9 @@ def random_inputs(
     return text, stream(layout.image.tokens, 3), guidance
 
 
-def output_and_gradients(inputs: tuple, layout: Layout, backend: str) -> list[torch.Tensor]:
+def output_and_gradients(inputs: tuple, layout: Layout, backend: str, scale: float | None = None) -> list[torch.Tensor]:
     """Both outputs and the gradients of every input, of a loss that weighs every output differently."""
-    outputs = attend(*inputs, layout, backend)
+    outputs = attend(*inputs, layout, backend, scale)
     loss = sum(
         (output * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum()
         for output in outputs

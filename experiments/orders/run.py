@@ -9,6 +9,7 @@ import re
 from itertools import product
 from pathlib import Path
 
+from scale_dit.benchmark.attention import HALOS
 from scale_dit.evaluation.figures import record_figure
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.grid import Grid
@@ -17,7 +18,6 @@ from scale_dit.layout import Layout
 HERE = Path(__file__).parent
 ORDERS = ("raster", "hilbert", "window")
 WINDOWS = (8, 16, 32)
-HALOS = {"disjoint": 0, "official": 8}
 TILES = ((64, 64), (128, 64), (128, 128))
 KERNEL_TILE = (128, 64)
 SIZES = {"4096 x 4096": (256, 256), "3840 x 2160": (135, 240)}

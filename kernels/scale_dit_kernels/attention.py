@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scale_dit_kernels import backward as backward_kernels
 from scale_dit_kernels import forward as forward_kernels
-from scale_dit_kernels.schedule import Schedule, Work, share_out
+from scale_dit_kernels.device import launching_on
+from scale_dit_kernels.schedule import Schedule
 
 TILES = {2: ((64, 64), (64, 64)), 4: ((64, 32), (32, 32))}
 """Queries and keys of a tile in the forward and the backward pass, by the bytes of a number."""
@@ -23,7 +24,7 @@ Plan = Callable[[int, int], Schedule]
 
 def forward(
     text: Sequence[Tensor], image: Sequence[Tensor], guidance: Sequence[Tensor], plan: Plan, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """softmax(scale Q K^T) V over what a layout lets each row read.
 
     Args:
@@ -34,8 +35,8 @@ def forward(
         scale: factor of the logits, positive.
 
     Returns:
-        Outputs of the text rows `[B, T, H, D]` and of the image rows `[B, N, H, D]`, and the natural log-sum-exp of
-        each row's logits, float32 `[B, H, T + N]`. Rows that read nothing give 0 and -inf.
+        Outputs `[B, T + N, H, D]`, text rows first, and the natural log-sum-exp of each row's logits, float32
+        `[B, H, T + N]`. Rows that read nothing give 0 and -inf.
 
     Raises:
         ValueError: the last dimension is not contiguous, or the scale is not positive.
@@ -43,17 +44,18 @@ def forward(
     query = image[0]
     if not scale > 0:
         raise ValueError(f"the scale is {scale}, but it must be positive")
-    if hopper := hopper_kernel(query, text, image, guidance):
-        schedule = plan(*HOPPER_TILE)
-        programs = torch.cuda.get_device_properties(query.device).multi_processor_count
-        work = _work(schedule, query.shape[0] * query.shape[2], programs)
-        return hopper(text, image, guidance, schedule, work, scale)
-    return forward_kernels.forward(text, image, guidance, plan(*TILES[query.element_size()][0]), scale)
+    with launching_on(query):
+        if hopper := hopper_kernel(query, text, image, guidance):
+            schedule = plan(*HOPPER_TILE)
+            programs = torch.cuda.get_device_properties(query.device).multi_processor_count
+            work = schedule.work(query.shape[0] * query.shape[2], programs)
+            return hopper(text, image, guidance, schedule, work, scale)
+        return forward_kernels.forward(text, image, guidance, plan(*TILES[query.element_size()][0]), scale)
 
 
 def backward(
-    gradients: tuple[Tensor, Tensor],
-    outputs: tuple[Tensor, Tensor],
+    gradient: Tensor,
+    output: Tensor,
     lse: Tensor,
     text: Sequence[Tensor],
     image: Sequence[Tensor],
@@ -64,19 +66,23 @@ def backward(
     """Gradients of the text's and the image's query, key and value, and of the guidance's key and value.
 
     Args:
-        gradients: of the text rows' and the image rows' outputs.
-        outputs, lse: as `forward` gave them.
+        gradient: of the output.
+        output, lse: as `forward` gave them.
         text, image, guidance, plan, scale: as `forward` took them.
     """
     schedule = plan(*TILES[image[0].element_size()][1])
-    return backward_kernels.backward(gradients, outputs, lse, text, image, guidance, schedule, scale)
+    tokens = list(schedule.tokens[:2])
+    gradients, outputs = gradient.split(tokens, dim=1), output.split(tokens, dim=1)
+    with launching_on(gradient):
+        return backward_kernels.backward(gradients, outputs, lse, text, image, guidance, schedule, scale)
 
 
 def hopper_kernel(query: Tensor, *streams: Sequence[Tensor]) -> Callable | None:
     """The forward pass for Hopper, or `None` where the portable one has to do."""
     if not query.is_cuda or query.element_size() != 2 or query.shape[-1] < 32:
         return None
-    if torch.cuda.get_device_capability(query.device) != (9, 0) or not has_gluon():
+    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(query.device) == (9, 0)
+    if not is_hopper or not has_gluon():
         return None
     # TMA wants addresses and strides in multiples of 16 bytes.
     parts = [part for stream in streams for part in stream if part.numel()]
@@ -92,8 +98,3 @@ def has_gluon() -> bool:
     except ImportError:
         return False
     return True
-
-
-@lru_cache(maxsize=64)
-def _work(schedule: Schedule, batch_heads: int, programs: int) -> Work:
-    return share_out(schedule.rows, batch_heads, programs)

@@ -19,11 +19,12 @@ from scale_dit_kernels.schedule import Lists, Schedule
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _dots(
-    O_text, O_image, G_text, G_image, dots, tokens, heads, batch_heads,
+def _delta(
+    O_text, O_image, G_text, G_image, delta, text_tokens, image_tokens, guidance_tokens, heads, batch_heads,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """The dot product of every row's output and its gradient, `[B, H, T + N]`."""
+    tokens = (text_tokens, image_tokens, guidance_tokens)
     blocks = tl.cdiv(tokens[0], BLOCK) + tl.cdiv(tokens[1], BLOCK)
     batch_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -38,7 +39,7 @@ def _dots(
     output = tl.load(o_base + at * o_stride + dim[None, :], mask=where, other=0.0).to(tl.float32)
     gradient = tl.load(g_base + at * g_stride + dim[None, :], mask=where, other=0.0).to(tl.float32)
     row = batch_head.to(tl.int64) * (tokens[0] + tokens[1]) + stream * tokens[0] + query
-    tl.store(dots + row, tl.sum(output * gradient, 1), mask=present)
+    tl.store(delta + row, tl.sum(output * gradient, 1), mask=present)
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _weights(
 
 @triton.jit
 def _query_tile(
-    entry, stream, query, queries, gradients, log_sum, dots, total,
+    entry, stream, query, queries, gradients, log_sum, delta, total,
     K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
     batch, head, scale, IS_FULL: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,16 +80,18 @@ def _query_tile(
         scale, IS_FULL, PRECISION,
     )  # fmt: skip
     by_weight = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-    by_logit = weight * (by_weight - dots[:, None])
+    by_logit = weight * (by_weight - delta[:, None])
     return tl.dot(by_logit.to(keys.dtype), keys, total, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _query_gradients(
     Q_text, Q_image, K_text, K_image, K_guidance, V_text, V_image, V_guidance, G_text, G_image, D_text, D_image,
-    lse, dots, parts, items, entries, reads, image_places, guidance_places, tokens, heads, batch_heads, scale, factor,
+    lse, delta, parts, items, entries, reads, image_places, guidance_places,
+    text_tokens, image_tokens, guidance_tokens, heads, batch_heads, scale, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tokens = (text_tokens, image_tokens, guidance_tokens)
     item = items + tl.program_id(0) // batch_heads * 5
     batch_head = tl.program_id(0) % batch_heads
     batch, head = batch_head // heads, batch_head % heads
@@ -97,19 +100,19 @@ def _query_gradients(
     stream = tile & 3
     query = (tile >> 2) + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, HEAD_DIM)
-    queries, gradients, log_sum, dot = load_rows(
-        stream, query, Q_text, Q_image, G_text, G_image, lse, dots, tokens, batch, head, batch_head, HEAD_DIM
+    queries, gradients, log_sum, delta_row = load_rows(
+        stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head, HEAD_DIM
     )
     total = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for index in range(begin, full_end):
         total = _query_tile(
-            tl.load(entries + index), stream, query, queries, gradients, log_sum, dot, total,
+            tl.load(entries + index), stream, query, queries, gradients, log_sum, delta_row, total,
             K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
             batch, head, scale, True, BLOCK_N, HEAD_DIM, PRECISION,
         )  # fmt: skip
     for index in range(full_end, end):
         total = _query_tile(
-            tl.load(entries + index), stream, query, queries, gradients, log_sum, dot, total,
+            tl.load(entries + index), stream, query, queries, gradients, log_sum, delta_row, total,
             K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
             batch, head, scale, False, BLOCK_N, HEAD_DIM, PRECISION,
         )  # fmt: skip
@@ -125,10 +128,10 @@ def _query_gradients(
 
 @triton.jit
 def load_rows(
-    stream, query, Q_text, Q_image, G_text, G_image, lse, dots, tokens, batch, head, batch_head,
+    stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Queries, gradients of their outputs, log-sum-exp (base 2; infinite for absent rows: no weight) and dots."""
+    """Queries, gradients of their outputs, log-sum-exp (base 2; infinite for absent rows: no weight) and delta."""
     present = query < length(stream, tokens)
     dim = tl.arange(0, HEAD_DIM)
     q_base, q_stride = address(stream, Q_text, Q_image, Q_image, batch, head)
@@ -140,21 +143,21 @@ def load_rows(
     log_sum = tl.load(lse + row, mask=present, other=float("inf"))
     # Rows that read nothing have -inf; their weights are 0, not exp2(inf).
     log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2_E)
-    return queries, gradients, log_sum, tl.load(dots + row, mask=present, other=0.0)
+    return queries, gradients, log_sum, tl.load(delta + row, mask=present, other=0.0)
 
 
 @triton.jit
 def _key_tile(
     entry, key_stream, key, keys, values, by_key, by_value,
-    Q_text, Q_image, G_text, G_image, lse, dots, reads, image_places, guidance_places, tokens,
+    Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
     batch, head, batch_head, scale,
     IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries contributes to the gradients of keys and values."""
     stream = entry & 3
     query = (entry >> 2) + tl.arange(0, BLOCK_M)
-    queries, gradients, log_sum, dot = load_rows(
-        stream, query, Q_text, Q_image, G_text, G_image, lse, dots, tokens, batch, head, batch_head, HEAD_DIM
+    queries, gradients, log_sum, delta_row = load_rows(
+        stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head, HEAD_DIM
     )
     weight = _weights(
         stream, query, key_stream, key, queries, tl.trans(keys), log_sum, reads, image_places, guidance_places, tokens,
@@ -162,7 +165,7 @@ def _key_tile(
     )  # fmt: skip
     by_value = tl.dot(tl.trans(weight.to(gradients.dtype)), gradients, by_value, input_precision=PRECISION)
     by_weight = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-    by_logit = weight * (by_weight - dot[:, None])
+    by_logit = weight * (by_weight - delta_row[:, None])
     by_key = tl.dot(tl.trans(by_logit.to(queries.dtype)), queries, by_key, input_precision=PRECISION)
     return by_key, by_value
 
@@ -171,10 +174,12 @@ def _key_tile(
 def _key_gradients(
     Q_text, Q_image, K_text, K_image, K_guidance, V_text, V_image, V_guidance, G_text, G_image,
     DK_text, DK_image, DK_guidance, DV_text, DV_image, DV_guidance,
-    lse, dots, key_parts, value_parts, items, entries, reads, image_places, guidance_places, tokens,
+    lse, delta, key_parts, value_parts, items, entries, reads, image_places, guidance_places,
+    text_tokens, image_tokens, guidance_tokens,
     heads, batch_heads, scale, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tokens = (text_tokens, image_tokens, guidance_tokens)
     item = items + tl.program_id(0) // batch_heads * 5
     batch_head = tl.program_id(0) % batch_heads
     batch, head = batch_head // heads, batch_head % heads
@@ -194,13 +199,13 @@ def _key_gradients(
     for index in range(begin, full_end):
         by_key, by_value = _key_tile(
             tl.load(entries + index), stream, key, keys, values, by_key, by_value,
-            Q_text, Q_image, G_text, G_image, lse, dots, reads, image_places, guidance_places, tokens,
+            Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
             batch, head, batch_head, scale, True, BLOCK_M, HEAD_DIM, PRECISION,
         )  # fmt: skip
     for index in range(full_end, end):
         by_key, by_value = _key_tile(
             tl.load(entries + index), stream, key, keys, values, by_key, by_value,
-            Q_text, Q_image, G_text, G_image, lse, dots, reads, image_places, guidance_places, tokens,
+            Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
             batch, head, batch_head, scale, False, BLOCK_M, HEAD_DIM, PRECISION,
         )  # fmt: skip
     by_key *= factor
@@ -218,9 +223,21 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def _add_parts(
-    text, image, guidance, parts, merges, tokens, heads, batch_heads, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+    text,
+    image,
+    guidance,
+    parts,
+    merges,
+    text_tokens,
+    image_tokens,
+    guidance_tokens,
+    heads,
+    batch_heads,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):
     """Sums of the partial gradients of split tiles."""
+    tokens = (text_tokens, image_tokens, guidance_tokens)
     merge = merges + tl.program_id(0) // batch_heads * 3
     batch_head = tl.program_id(0) % batch_heads
     batch, head = batch_head // heads, batch_head % heads
@@ -240,7 +257,7 @@ def _add_parts(
 
 def backward(
     gradients: Sequence[Tensor],
-    outputs: tuple[Tensor, Tensor],
+    outputs: Sequence[Tensor],
     lse: Tensor,
     text: Sequence[Tensor],
     image: Sequence[Tensor],
@@ -268,12 +285,12 @@ def backward(
         for part in range(3)
     )
     g = [described(each if each.stride(-1) == 1 else each.contiguous()) for each in gradients]
-    dots = torch.empty_like(lse)
+    delta = torch.empty_like(lse)
     blocks = -(-schedule.tokens[0] // m) + -(-schedule.tokens[1] // m)
-    _dots[(blocks * batch_heads,)](
-        *map(described, outputs), *g, dots, schedule.tokens, heads, batch_heads, m, head_dim
+    _delta[(blocks * batch_heads,)](
+        *map(described, outputs), *g, delta, *schedule.tokens, heads, batch_heads, m, head_dim
     )  # fmt: skip
-    rest = (schedule.reads, schedule.image_places, schedule.guidance_places, schedule.tokens, heads, batch_heads)
+    rest = (schedule.reads, schedule.image_places, schedule.guidance_places, *schedule.tokens, heads, batch_heads)
     settings = (scale * LOG2_E.value, scale, m, n, head_dim, kind)
 
     def workspace(lists: Lists, block: int) -> Tensor:
@@ -282,14 +299,14 @@ def backward(
     def add_parts(streams: list, parts: Tensor, lists: Lists, block: int) -> None:
         if lists.slots:
             _add_parts[(len(lists.merges) * batch_heads,)](
-                *streams, parts, lists.merges, schedule.tokens, heads, batch_heads, block, head_dim
+                *streams, parts, lists.merges, *schedule.tokens, heads, batch_heads, block, head_dim
             )
 
     rows, columns = schedule.rows, schedule.columns
     dq = [described(stream[0]) for stream in (by_text, by_image)]
     parts = workspace(rows, m)
     _query_gradients[(len(rows.items) * batch_heads,)](
-        *q, *k, *v, *g, *dq, lse, dots, parts, rows.items, rows.entries, *rest, *settings,
+        *q, *k, *v, *g, *dq, lse, delta, parts, rows.items, rows.entries, *rest, *settings,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     add_parts([*dq, dq[1]], parts, rows, m)
@@ -297,7 +314,7 @@ def backward(
     dv = [described(stream[index]) for stream, index in ((by_text, 2), (by_image, 2), (by_guidance, 1))]
     key_parts, value_parts = workspace(columns, n), workspace(columns, n)
     _key_gradients[(len(columns.items) * batch_heads,)](
-        *q, *k, *v, *g, *dk, *dv, lse, dots, key_parts, value_parts, columns.items, columns.entries, *rest, *settings,
+        *q, *k, *v, *g, *dk, *dv, lse, delta, key_parts, value_parts, columns.items, columns.entries, *rest, *settings,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     add_parts(dk, key_parts, columns, n)

@@ -19,16 +19,17 @@ from scale_dit_kernels.schedule import Schedule
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-SIZES = ("tokens", "heads", "batch_heads")
-"""Arguments whose values a kernel must not be compiled for: another picture size would compile anew."""
+SIZES = ("text_tokens", "image_tokens", "guidance_tokens", "heads", "batch_heads")
+"""Arguments whose values a kernel must not be compiled for: another picture size would compile anew. Strides of 2^31
+and beyond, which are other integers, take one compilation more."""
 
 
 @triton.jit
 def address(stream, text, image, guidance, batch, head):
     """Where a batch entry and head of one of three tensors begins, and the stride of its tokens."""
-    at_text = text[0] + batch.to(tl.int64) * text[1] + head * text[3]
-    at_image = image[0] + batch.to(tl.int64) * image[1] + head * image[3]
-    at_guidance = guidance[0] + batch.to(tl.int64) * guidance[1] + head * guidance[3]
+    at_text = text[0] + batch.to(tl.int64) * text[1] + head.to(tl.int64) * text[3]
+    at_image = image[0] + batch.to(tl.int64) * image[1] + head.to(tl.int64) * image[3]
+    at_guidance = guidance[0] + batch.to(tl.int64) * guidance[1] + head.to(tl.int64) * guidance[3]
     base = tl.where(stream == 0, at_text, tl.where(stream == 1, at_image, at_guidance))
     return base, tl.where(stream == 0, text[2], tl.where(stream == 1, image[2], guidance[2]))
 
@@ -97,9 +98,11 @@ def _attend_tile(
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
     Q_text, Q_image, K_text, K_image, K_guidance, V_text, V_image, V_guidance, O_text, O_image, lse, part_out, part_lse,
-    items, entries, reads, image_places, guidance_places, tokens, heads, batch_heads, scale,
+    items, entries, reads, image_places, guidance_places,
+    text_tokens, image_tokens, guidance_tokens, heads, batch_heads, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tokens = (text_tokens, image_tokens, guidance_tokens)
     item = items + tl.program_id(0) // batch_heads * 5
     batch_head = tl.program_id(0) % batch_heads
     batch, head = batch_head // heads, batch_head % heads
@@ -146,10 +149,11 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def _merge(
-    O_text, O_image, lse, part_out, part_lse, merges, tokens, heads, batch_heads,
+    O_text, O_image, lse, part_out, part_lse, merges, text_tokens, image_tokens, guidance_tokens, heads, batch_heads,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs of a split tile, weighed by their sums, in the order of their slots: the same in every run."""
+    tokens = (text_tokens, image_tokens, guidance_tokens)
     merge = merges + tl.program_id(0) // batch_heads * 3
     batch_head = tl.program_id(0) % batch_heads
     batch, head = batch_head // heads, batch_head % heads
@@ -200,8 +204,8 @@ def forward(
     scale: float,
     warps: int = 4,
     stages: int = 3,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of the text rows `[B, T, H, D]` and of the image rows `[B, N, H, D]`, and `lse` `[B, H, T + N]`.
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[B, T + N, H, D]`, text rows first, and `lse` `[B, H, T + N]`.
 
     Args:
         text, image: query, key and value, `[B, tokens, H, D]` of any strides but the last, which is 1; D a power of 2.
@@ -212,7 +216,8 @@ def forward(
     """
     query = image[0]
     batch, _, heads, head_dim = query.shape
-    outputs = [query.new_empty(batch, stream[0].shape[1], heads, head_dim) for stream in (text, image)]
+    joined = query.new_empty(batch, sum(schedule.tokens[:2]), heads, head_dim)
+    outputs = joined.split(list(schedule.tokens[:2]), dim=1)
     rows = schedule.rows
     batch_heads = batch * heads
     lse = query.new_empty(batch, heads, sum(schedule.tokens[:2]), dtype=torch.float32)
@@ -222,12 +227,12 @@ def forward(
     _forward[(len(rows.items) * batch_heads,)](
         described(text[0]), described(query), *(described(each[0]) for each in (text[1:], image[1:], guidance)),
         *(described(each[1]) for each in (text[1:], image[1:], guidance)), o_text, o_image, lse, part_out, part_lse,
-        rows.items, rows.entries, schedule.reads, schedule.image_places, schedule.guidance_places, schedule.tokens,
+        rows.items, rows.entries, schedule.reads, schedule.image_places, schedule.guidance_places, *schedule.tokens,
         heads, batch_heads, scale * LOG2_E.value,
         schedule.block_m, schedule.block_n, head_dim, precision(query.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     merge(outputs, lse, part_out, part_lse, schedule)
-    return outputs[0], outputs[1], lse
+    return joined, lse
 
 
 def merge(outputs: Sequence[Tensor], lse: Tensor, part_out: Tensor, part_lse: Tensor, schedule: Schedule) -> None:
@@ -237,6 +242,6 @@ def merge(outputs: Sequence[Tensor], lse: Tensor, part_out: Tensor, part_lse: Te
     _, batch_heads, _, head_dim = part_out.shape
     heads = outputs[0].shape[2]
     _merge[(len(schedule.rows.merges) * batch_heads,)](
-        *map(described, outputs), lse, part_out, part_lse, schedule.rows.merges, schedule.tokens, heads, batch_heads,
+        *map(described, outputs), lse, part_out, part_lse, schedule.rows.merges, *schedule.tokens, heads, batch_heads,
         schedule.block_m, head_dim,
     )  # fmt: skip

@@ -358,7 +358,7 @@ def forward(
     schedule: Schedule,
     work: Work,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """As `scale_dit_kernels.forward.forward`, for bfloat16 and float16, tiles of 128 queries and 64 keys."""
     query = image[0]
     batch, _, heads, head_dim = query.shape
@@ -369,7 +369,8 @@ def forward(
         stream = stream if stream.shape[1] else query
         return TensorDescriptor(stream, stream.shape, stream.stride(), [1, ROWS.value, 1, columns], layouts[0])
 
-    outputs = [query.new_empty(batch, stream[0].shape[1], heads, head_dim) for stream in (text, image)]
+    joined = query.new_empty(batch, sum(schedule.tokens[:2]), heads, head_dim)
+    outputs = joined.split(list(schedule.tokens[:2]), dim=1)
     batch_heads, slots = batch * heads, schedule.rows.slots
     lse = query.new_empty(batch, heads, sum(schedule.tokens[:2]), dtype=torch.float32)
     part_lse = lse.new_empty(slots, batch_heads, schedule.block_m)
@@ -383,4 +384,4 @@ def forward(
         head_dim, columns, stages(head_dim), *layouts, num_warps=4, maxnreg=168,
     )  # fmt: skip
     merge(outputs, lse, part_out, part_lse, schedule)
-    return outputs[0], outputs[1], lse
+    return joined, lse

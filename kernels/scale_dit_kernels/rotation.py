@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from scale_dit_kernels.device import launching_on, takes_kernels
 
 
 @torch.library.custom_op("scale_dit::norm_rotate", mutates_args=())
@@ -26,12 +24,13 @@ def norm_rotate(tensor: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, ep
     Returns:
         `[B, S, H, D]`, contiguous, in the dtype of `tensor`.
     """
-    if _on_kernels(tensor):
+    if takes_kernels(tensor):
         from scale_dit_kernels.rotation_kernels import forward
 
-        return forward(tensor, weight, cosine, sine, eps)
+        with launching_on(tensor):
+            return forward(tensor, weight, cosine, sine, eps)
     normed = _normed(tensor, eps) * weight.float()
-    return _turned(normed, cosine.float(), sine.float()).to(tensor.dtype)
+    return _turned(normed, cosine.float(), sine.float()).to(tensor.dtype).contiguous()
 
 
 @norm_rotate.register_fake
@@ -44,16 +43,17 @@ def norm_rotate_backward(
     gradient: Tensor, tensor: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `norm_rotate`'s tensor and weight."""
-    if _on_kernels(tensor):
+    if takes_kernels(tensor):
         from scale_dit_kernels.rotation_kernels import backward
 
-        return backward(gradient, tensor, weight, cosine, sine, eps)
+        with launching_on(tensor):
+            return backward(gradient, tensor, weight, cosine, sine, eps)
     by_normed = _turned(gradient.float(), cosine.float(), -sine.float())
     normed = _normed(tensor, eps)
     by_weight = (by_normed * normed).sum((0, 1, 2))
     scaled = by_normed * weight.float()
     by_tensor = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * _inverse(tensor, eps)
-    return by_tensor.to(tensor.dtype), by_weight.to(weight.dtype)
+    return by_tensor.to(tensor.dtype).contiguous(), by_weight.to(weight.dtype)
 
 
 @norm_rotate_backward.register_fake
@@ -72,10 +72,6 @@ def _backward(ctx, gradient: Tensor) -> tuple:
 
 
 norm_rotate.register_autograd(_backward, setup_context=_save)
-
-
-def _on_kernels(tensor: Tensor) -> bool:
-    return tensor.is_cuda or INTERPRETED
 
 
 def _inverse(tensor: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,13 +74,21 @@ class Schedule:
     reads: Tensor
     image_places: Tensor
     guidance_places: Tensor
+    _works: dict[tuple[int, int], Work] = field(default_factory=dict)
+
+    def work(self, batch_heads: int, programs: int) -> Work:
+        """The rows as lists for `programs` programs; kept."""
+        key = batch_heads, programs
+        if key not in self._works:
+            self._works[key] = share_out(self.rows, batch_heads, programs)
+        return self._works[key]
 
 
 class TileLists(NamedTuple):
     """Lists before they are laid out: entry `i` says that tile `owner[i]` goes with tile `other[i]` of a stream."""
 
     owner: Tensor
-    """`[E]`, packed tiles, sorted so that equal ones are neighbours."""
+    """`[E]`, packed tiles, in any order."""
     other: Tensor
     """`[E]`, packed tiles."""
     is_full: Tensor

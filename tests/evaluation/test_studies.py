@@ -31,6 +31,6 @@ def test_a_row_replaces_the_one_with_its_key_and_command(table, monkeypatch):
 def test_other_columns_are_an_error_that_leaves_the_table_alone(table):
     studies.add_rows(table, [{"what": "a", "loss": 1}], keys=("what",))
     before = table.read_bytes()
-    with pytest.raises(UserError, match=r"psnr.*--to"):
+    with pytest.raises(UserError, match=r"psnr.*another file"):
         studies.add_rows(table, [{"what": "a", "psnr": 1}], keys=("what",))
     assert table.read_bytes() == before

@@ -20,20 +20,22 @@ from scale_dit.attention import triton
 torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN: what a kernel leaves out is found
 torch.use_deterministic_algorithms(True)
 
+SCALE = 0.2
+
 
 def main() -> None:
     kernels.TILES[4] = ((16, 16), (16, 32))
     for name in sys.argv[1:]:
         inputs = random_inputs(LAYOUTS[name], torch.float32, sharpness=8.0, head_dim=16)
-        wanted = output_and_gradients(inputs, LAYOUTS[name], "reference")
+        wanted = output_and_gradients(inputs, LAYOUTS[name], "reference", SCALE)
         for longest in (128, 3):  # whole lists, and split ones
             triton.LONGEST, triton.PARTS = longest, 10**6
             triton.schedule.cache_clear()
             triton._plan.cache_clear()
-            actual = output_and_gradients(inputs, LAYOUTS[name], "triton")
+            actual = output_and_gradients(inputs, LAYOUTS[name], "triton", SCALE)
             for part, (ours, right) in enumerate(zip(actual, wanted, strict=True)):
                 error = (ours - right).abs().max() / right.abs().max().clamp_min(1e-6) if right.numel() else 0
-                assert error < 2e-5, f"{name}, lists up to {longest}, tensor {part}: relative error {error:.1e}"
+                assert error < 5e-5, f"{name}, lists up to {longest}, tensor {part}: relative error {error:.1e}"
 
 
 if __name__ == "__main__":

@@ -52,31 +52,35 @@ def in_double(inputs: tuple) -> tuple:
     return tuple(None if part is None else tuple(x.detach().double().requires_grad_() for x in part) for part in inputs)
 
 
-def check(layout: Layout, inputs: tuple) -> None:
-    """Errors are at most twice those of masked attention in the same precision, plus a rounding floor."""
-    exact = output_and_gradients(in_double(inputs), layout, "reference")
-    ours = output_and_gradients(inputs, layout, "triton")
-    plain = output_and_gradients(inputs, layout, "masked")
-    floor = 4 * torch.finfo(inputs[1][0].dtype).eps
+def check(layout: Layout, inputs: tuple, scale: float | None = None) -> None:
+    """No row's error is above twice that of masked attention's worst row in the same precision, plus rounding."""
+    exact = output_and_gradients(in_double(inputs), layout, "reference", scale)
+    ours = output_and_gradients(inputs, layout, "triton", scale)
+    plain = output_and_gradients(inputs, layout, "masked", scale)
+    floor = torch.finfo(inputs[1][0].dtype).eps
     for part, (actual, peer, right) in enumerate(zip(ours, plain, exact, strict=True)):
         if not right.numel():
             continue
-        size = right.norm().clamp_min(right.numel() ** 0.5 * 1e-3)
-        error, allowed = ((each.double() - right).norm() / size for each in (actual, peer))
+        typical = right.norm(dim=-1).square().mean().sqrt().clamp_min(1e-3)
+        size = right.norm(dim=-1).clamp_min(typical / 4)
+        error, allowed = (((each.double() - right).norm(dim=-1) / size).max() for each in (actual, peer))
         assert error <= 2 * allowed + floor, f"tensor {part}: relative error {error:.1e}, masked has {allowed:.1e}"
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 32)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, 128), (torch.float16, 128), (torch.float16, 64), (torch.bfloat16, 32), (torch.float32, 32)],
+)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_output_and_gradients_equal_float64(name, dtype, head_dim, sharpness):
-    check(LAYOUTS[name], streams(LAYOUTS[name], dtype, head_dim, sharpness=sharpness))
+    check(LAYOUTS[name], streams(LAYOUTS[name], dtype, head_dim, sharpness=sharpness), scale=0.2)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layouts(), st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.sampled_from([1.0, 8.0]), st.integers(0, 99))
 def test_random_layouts(layout, batch, heads, sharpness, seed):
-    check(layout, streams(layout, torch.bfloat16, 128, batch, heads, sharpness, seed))
+    check(layout, streams(layout, torch.float16, 128, batch, heads, sharpness, seed))
 
 
 @pytest.mark.parametrize("halo", [0, 8])

@@ -52,8 +52,10 @@ def test_gradients_and_rules_of_torch():
     actual = [output, *torch.autograd.grad(output, [tensor, weight], gradient)]
     for ours, right in zip(actual, expected(tensor, weight, cosine, sine, gradient), strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
-    checks = torch.library.opcheck(norm_rotate, (tensor.detach().requires_grad_(), weight, cosine, sine, EPS))
-    assert set(checks.values()) == {"SUCCESS"}
+    heads_first = tensor.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    for given in (tensor.detach(), heads_first):
+        checks = torch.library.opcheck(norm_rotate, (given.requires_grad_(), weight, cosine, sine, EPS))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ A backend is a public module of this package, by its name. It offers
         where `text` and `image` are (query, key, value) and `guidance` is (key, value), `[B, tokens, H, D]` each, and
         absent parts have no tokens.
 
-Modules are imported when they are asked for, so a backend may need libraries that others do not.
+Modules other than `triton` are imported when they are asked for;
+a backend imports what it needs beside torch when it runs.
 """
 
 from __future__ import annotations
@@ -59,6 +60,31 @@ def attend(
         UserError: if the backend is unknown or cannot run here.
         ValueError: if a tensor's token count is not the layout's.
     """
+    text, guidance, scale = _complete(text, image, guidance, layout, scale)
+    if backend == "triton":
+        return triton.attend(text, image, guidance, layout, scale)
+    return _attend_eagerly(text, image, guidance, layout, backend, scale)
+
+
+def attend_joined(
+    text: QueryKeyValue | None,
+    image: QueryKeyValue,
+    guidance: KeyValue | None,
+    layout: Layout,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> Tensor:
+    """As `attend`, as one tensor `[B, T + N, H, D]`, text rows first; backend `triton` copies nothing for that."""
+    text, guidance, scale = _complete(text, image, guidance, layout, scale)
+    if backend == "triton":
+        return triton.attend_joined(text, image, guidance, layout, scale)
+    return torch.cat(_attend_eagerly(text, image, guidance, layout, backend, scale), dim=1)
+
+
+def _complete(
+    text: QueryKeyValue | None, image: QueryKeyValue, guidance: KeyValue | None, layout: Layout, scale: float | None
+) -> tuple[QueryKeyValue, KeyValue, float]:
+    """Absent streams as such with no tokens, and the default scale; refuses tensors that the layout does not fit."""
     query = image[0]
     nothing = query[:, :0]
     text = text or (nothing, nothing, nothing)
@@ -73,11 +99,7 @@ def attend(
             raise ValueError(
                 f"The layout has {tokens} {name} tokens, but the tensors are {shapes} ([B, tokens, H, D])."
             )
-
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton":
-        return triton.attend(text, image, guidance, layout, scale)
-    return _attend_eagerly(text, image, guidance, layout, backend, scale)
+    return text, guidance, query.shape[-1] ** -0.5 if scale is None else scale
 
 
 @torch.compiler.disable

@@ -6,12 +6,12 @@ elsewhere the reference. Compiled models call it without a break.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
+from scale_dit_kernels.device import INTERPRETED, takes_kernels
 from scale_dit_kernels.reference import masked_attention, masked_attention_backward
 from scale_dit_kernels.schedule import GUIDANCE, IMAGE, TEXT, Schedule, TileLists, lay_out, packed
 from torch import Tensor
@@ -19,12 +19,10 @@ from torch import Tensor
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
-from scale_dit.tiles import tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)
 HAS_TRITON = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LONGEST, PARTS = 128, 9
 """Lists of up to LONGEST tiles are one program's. Longer ones, which are those of the text, are split, but into no more
 than PARTS: what each leaves behind takes memory."""
@@ -42,10 +40,18 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attend(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-    """See `scale_dit.attention`. Under autocast, inputs are cast to its precision.
+    """See `scale_dit.attention`."""
+    text_out, image_out = attend_joined(text, image, guidance, layout, scale).split(
+        [layout.text, layout.image.tokens], dim=1
+    )
+    return text_out, image_out
+
+
+def attend_joined(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: float) -> Tensor:
+    """See `scale_dit.attention.attend_joined`. Under autocast, inputs are cast to its precision.
 
     Raises:
-        UserError: the kernels cannot run here, or not with this head size.
+        UserError: the kernels cannot run here, or not with this head size or scale.
     """
     query = image[0]
     if problem := unavailable(query.device, query.dtype):
@@ -54,12 +60,14 @@ def attend(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: fl
         raise UserError(
             f"Attention backend 'triton' takes heads of {HEAD_SIZES}, but these have {query.shape[-1]}: use 'sdpa'."
         )
-    parts = (*text, *image, *guidance)
+    if not scale > 0:
+        raise UserError(f"The factor of the logits is {scale}, but backend 'triton' takes positive ones: use 'sdpa'.")
+    parts = tuple(part if part.stride(-1) == 1 else part.contiguous() for part in (*text, *image, *guidance))
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         parts = tuple(part.to(dtype) for part in parts)
-    text_out, image_out, _ = windowed_attention(*parts, layout.json, scale)
-    return text_out, image_out
+    joined, _ = windowed_attention(*parts, layout.json, scale)
+    return joined
 
 
 @torch.library.custom_op("scale_dit::windowed_attention", mutates_args=())
@@ -67,7 +75,7 @@ def windowed_attention(
     text_query: Tensor, text_key: Tensor, text_value: Tensor,
     image_query: Tensor, image_key: Tensor, image_value: Tensor,
     guidance_key: Tensor, guidance_value: Tensor, layout: str, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of text and image rows over the keys that a layout lets them read.
 
     Args:
@@ -78,11 +86,11 @@ def windowed_attention(
         scale: factor of the logits.
 
     Returns:
-        Outputs of the text rows and of the image rows, and the log-sum-exp of all rows, float32 `[B, H, T + N]`.
+        Outputs `[B, T + N, H, D]`, text rows first, and the log-sum-exp of all rows, float32 `[B, H, T + N]`.
     """
     streams = (text_query, text_key, text_value), (image_query, image_key, image_value), (guidance_key, guidance_value)
     geometry = Layout.from_json(layout)
-    if not _on_kernels(image_query):
+    if not takes_kernels(image_query):
         return _by_reference(streams, geometry, scale)
     from scale_dit_kernels.attention import forward  # imports triton, which not every machine has
 
@@ -92,25 +100,26 @@ def windowed_attention(
 @windowed_attention.register_fake
 def _(text_query, text_key, text_value, image_query, image_key, image_value, guidance_key, guidance_value, layout,
       scale):  # fmt: skip
-    batch, image_tokens, heads, _ = image_query.shape
-    lse = image_query.new_empty(batch, heads, text_query.shape[1] + image_tokens, dtype=torch.float32)
-    return text_query.new_empty(text_query.shape), image_query.new_empty(image_query.shape), lse
+    batch, image_tokens, heads, head_dim = image_query.shape
+    rows = text_query.shape[1] + image_tokens
+    lse = image_query.new_empty(batch, heads, rows, dtype=torch.float32)
+    return image_query.new_empty(batch, rows, heads, head_dim), lse
 
 
 @torch.library.custom_op("scale_dit::windowed_attention_backward", mutates_args=())
 def windowed_attention_backward(
-    text_gradient: Tensor, image_gradient: Tensor, text_out: Tensor, image_out: Tensor, lse: Tensor,
+    gradient: Tensor, output: Tensor, lse: Tensor,
     text_query: Tensor, text_key: Tensor, text_value: Tensor,
     image_query: Tensor, image_key: Tensor, image_value: Tensor,
     guidance_key: Tensor, guidance_value: Tensor, layout: str, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the eight tensors that `windowed_attention` takes, in their order, each contiguous."""
     streams = (text_query, text_key, text_value), (image_query, image_key, image_value), (guidance_key, guidance_value)
-    geometry, gradients = Layout.from_json(layout), (text_gradient, image_gradient)
-    if not _on_kernels(image_query):
+    geometry = Layout.from_json(layout)
+    if not takes_kernels(image_query):
         query, key, value = _joined(streams)
         mask = geometry.dense_mask().to(query.device)
-        found = masked_attention_backward(torch.cat(gradients, dim=1), query, key, value, mask, scale)
+        found = masked_attention_backward(gradient, query, key, value, mask, scale)
         tokens = [geometry.text, geometry.image.tokens]
         by_query = found[0].to(query.dtype).split(tokens, dim=1)
         by_key, by_value = (each.to(query.dtype).split([*tokens, guidance_key.shape[1]], dim=1) for each in found[1:])
@@ -119,12 +128,12 @@ def windowed_attention_backward(
     from scale_dit_kernels.attention import backward
 
     plan = _plan(geometry, image_query.device)
-    by_stream = backward(gradients, (text_out, image_out), lse, *streams, plan, scale)
+    by_stream = backward(gradient, output, lse, *streams, plan, scale)
     return [part for stream in by_stream for part in stream]
 
 
 @windowed_attention_backward.register_fake
-def _(text_gradient, image_gradient, text_out, image_out, lse, text_query, text_key, text_value, image_query,
+def _(gradient, output, lse, text_query, text_key, text_value, image_query,
       image_key, image_value, guidance_key, guidance_value, layout, scale):  # fmt: skip
     parts = (text_query, text_key, text_value, image_query, image_key, image_value, guidance_key, guidance_value)
     return [part.new_empty(part.shape) for part in parts]
@@ -133,19 +142,15 @@ def _(text_gradient, image_gradient, text_out, image_out, lse, text_query, text_
 def _save(ctx, inputs: tuple, output: tuple) -> None:
     *parts, ctx.layout, ctx.scale = inputs
     ctx.save_for_backward(*output, *parts)
-    ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, text_gradient: Tensor, image_gradient: Tensor, _: Tensor) -> tuple:
-    found = windowed_attention_backward(text_gradient, image_gradient, *ctx.saved_tensors, ctx.layout, ctx.scale)
+def _backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
+    found = windowed_attention_backward(gradient, *ctx.saved_tensors, ctx.layout, ctx.scale)
     return *found, None, None
 
 
 windowed_attention.register_autograd(_backward, setup_context=_save)
-
-
-def _on_kernels(tensor: Tensor) -> bool:
-    return tensor.is_cuda or INTERPRETED
 
 
 def _joined(streams: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,13 +159,11 @@ def _joined(streams: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor
     return torch.cat([text[0], image[0]], dim=1), key, value
 
 
-def _by_reference(streams: Sequence[Sequence[Tensor]], layout: Layout, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _by_reference(streams: Sequence[Sequence[Tensor]], layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = _joined(streams)
     output, log_sum = masked_attention(query, key, value, layout.dense_mask().to(query.device), scale)
-    text_out, image_out = output.to(query.dtype).split([layout.text, layout.image.tokens], dim=1)
     lse = log_sum.to(torch.float32).transpose(1, 2)
-    copies = [part.clone(memory_format=torch.contiguous_format) for part in (text_out, image_out, lse)]
-    return copies[0], copies[1], copies[2]
+    return output.to(query.dtype).contiguous(), lse.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)
@@ -170,7 +173,10 @@ def _plan(layout: Layout, device: torch.device):
 
 @lru_cache(maxsize=64)
 def schedule(layout: Layout, device: torch.device, block_m: int, block_n: int, longest: int | None = None) -> Schedule:
-    """What the kernels are told of a layout. Cached, read-only."""
+    """What the kernels are told of a layout. Cached, read-only.
+
+    A CUDA graph that reads it lives no longer than the cache keeps it: 64 layouts and tile shapes.
+    """
     tokens = (layout.text, layout.image.tokens, layout.guidance_tokens)
     lists = _tile_lists(layout, block_m, block_n)
     longest = longest or max(LONGEST, -(-sum(tokens) // (block_n * PARTS)))
@@ -191,7 +197,7 @@ def schedule(layout: Layout, device: torch.device, block_m: int, block_n: int, l
 
 def _tile_lists(layout: Layout, block_m: int, block_n: int) -> TileLists:
     """Every visited tile, packed: queries of text and image rows, and the keys that they read."""
-    visits = tiles(layout, block_m, block_n)
+    visits = layout.tiles(block_m, block_n)
     starts = [torch.arange(count) * block_n for count in visits.streams]
     keys = torch.cat([packed(stream, start) for stream, start in zip((TEXT, IMAGE, GUIDANCE), starts, strict=True)])
     read = sum(visits.streams[: 2 if layout.text_reads_image else 1])

@@ -49,8 +49,7 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, object]], keys: Sequence[st
             old = list(reader)
         if list(reader.fieldnames or ()) != list(added[0]):
             raise UserError(
-                f"{path} has the columns {reader.fieldnames}, the new rows have {list(added[0])}: "
-                "give another file by --to"
+                f"{path} has the columns {reader.fieldnames}, the new rows have {list(added[0])}: give another file"
             )
     identity = ("command", *keys)
     replaced = {tuple(row[key] for key in identity) for row in added}

@@ -10,7 +10,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from scale_dit_kernels.rotation import norm_rotate
 from torch import Tensor, nn
 
-from scale_dit.attention import QueryKeyValue, attend
+from scale_dit.attention import QueryKeyValue, attend, attend_joined
+from scale_dit.attention.triton import HEAD_SIZES
 from scale_dit.layout import Layout
 
 KeysValues = tuple[Tensor, Tensor]
@@ -63,13 +64,11 @@ class LayoutAttnProcessor:
         text, image = _text_and_image(attn, hidden_states, encoder_hidden_states, image_rotary_emb, length, fused)
         if block_attention.recorded == []:
             block_attention.recorded.append((image[1], image[2]))
-        text_out, image_out = attend(
-            text, image, block_attention.guidance, block_attention.layout, block_attention.backend
-        )
-        text_out, image_out = text_out.flatten(2), image_out.flatten(2)
+        streams = text, image, block_attention.guidance
         if encoder_hidden_states is None:
-            return torch.cat([text_out, image_out], dim=1) if length else image_out
-        return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
+            return attend_joined(*streams, block_attention.layout, block_attention.backend).flatten(2)
+        text_out, image_out = attend(*streams, block_attention.layout, block_attention.backend)
+        return attn.to_out[1](attn.to_out[0](image_out.flatten(2))), attn.to_add_out(text_out.flatten(2))
 
 
 def _text_and_image(
@@ -126,7 +125,8 @@ def fuses(backend: str) -> bool:
 def norm_and_rotate(tensor: Tensor, norm: nn.RMSNorm, rotary: tuple[Tensor, Tensor], fused: bool) -> Tensor:
     """Queries or keys `[B, S, H, D]`, normalised and turned; fused, they are not rounded in between."""
     # A weight elsewhere is brought by a hook of the module when it is called.
-    if fused and norm.weight is not None and norm.weight.device == tensor.device:
+    here = norm.weight is not None and norm.weight.device == tensor.device
+    if fused and here and tensor.shape[-1] in HEAD_SIZES:
         eps = torch.finfo(tensor.dtype).eps if norm.eps is None else norm.eps
         return norm_rotate(tensor, norm.weight, *rotary, eps)
     return apply_rotary_emb(norm(tensor), rotary, sequence_dim=1)
