@@ -12,6 +12,7 @@ from layout_strategies import layouts
 from scale_dit_kernels.reference import masked_attention
 from torch.nn import functional
 
+from scale_dit import attention
 from scale_dit.attention import attend, backends, choose_backend
 from scale_dit.attention import sdpa as sdpa_backend
 from scale_dit.errors import UserError
@@ -230,6 +231,17 @@ def test_auto_takes_an_exact_backend_and_says_why():
         assert backend == expected
         assert backend in backends()
         assert reason
+
+
+def test_auto_says_once_what_it_took_and_why(caplog):
+    attention._say.cache_clear()
+    with caplog.at_level("INFO", logger="scale_dit.attention"):
+        for _ in range(2):
+            attend(*random_inputs(SQUARE), SQUARE)
+    assert [record.message for record in caplog.records] == [
+        "attention: masked (fastest up to 1024 image tokens: one call instead of one for each kind of window); "
+        "attention=<name> takes another"
+    ]
 
 
 def test_a_mask_that_would_fill_the_memory_is_refused():

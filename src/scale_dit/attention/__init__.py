@@ -14,7 +14,9 @@ a backend imports what it needs beside torch when it runs.
 
 from __future__ import annotations
 
+import logging
 import pkgutil
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -27,6 +29,8 @@ from scale_dit.layout import Layout
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
+
+log = logging.getLogger(__name__)
 
 SMALL_PICTURE = 1024
 """Image tokens up to which `auto` takes one masked attention."""
@@ -108,7 +112,8 @@ def _attend_eagerly(
 ) -> tuple[Tensor, Tensor]:
     query = image[0]
     if backend == "auto":
-        backend, _ = choose_backend(query.device, query.dtype, layout)
+        backend, reason = choose_backend(query.device, query.dtype, layout)
+        _say(backend, reason)
     module = _module(backend)
     if problem := module.unavailable(query.device, query.dtype):
         raise UserError(f"Attention backend '{backend}' cannot run here: {problem}")
@@ -118,6 +123,12 @@ def _attend_eagerly(
 def backends() -> list[str]:
     """Names of all attention backends."""
     return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if not name.startswith("_"))
+
+
+@cache
+def _say(backend: str, reason: str) -> None:
+    """Once for each choice."""
+    log.info("attention: %s (%s); attention=<name> takes another", backend, reason)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> tuple[str, str]:
