@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scale_dit_kernels.forward import LOG2_E, SIZES, address, described, length, may_read, precision
+from scale_dit_kernels.forward import LOG2_E, SIZES, address, described, length, may_read, precision, this_item
 from scale_dit_kernels.schedule import Lists, Schedule
 
 
@@ -92,11 +92,7 @@ def _query_gradients(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tokens = (text_tokens, image_tokens, guidance_tokens)
-    item = items + tl.program_id(0) // batch_heads * 5
-    batch_head = tl.program_id(0) % batch_heads
-    batch, head = batch_head // heads, batch_head % heads
-    tile, begin, full_end, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    slot = tl.load(item + 4)
+    tile, begin, full_end, end, slot, batch_head, batch, head = this_item(items, heads, batch_heads)
     stream = tile & 3
     query = (tile >> 2) + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, HEAD_DIM)
@@ -104,18 +100,14 @@ def _query_gradients(
         stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head, HEAD_DIM
     )
     total = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for index in range(begin, full_end):
-        total = _query_tile(
-            tl.load(entries + index), stream, query, queries, gradients, log_sum, delta_row, total,
-            K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
-            batch, head, scale, True, BLOCK_N, HEAD_DIM, PRECISION,
-        )  # fmt: skip
-    for index in range(full_end, end):
-        total = _query_tile(
-            tl.load(entries + index), stream, query, queries, gradients, log_sum, delta_row, total,
-            K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
-            batch, head, scale, False, BLOCK_N, HEAD_DIM, PRECISION,
-        )  # fmt: skip
+    for half in tl.static_range(2):  # tiles that need no mask, then those that do
+        first, last = (begin, full_end) if half == 0 else (full_end, end)
+        for index in range(first, last):
+            total = _query_tile(
+                tl.load(entries + index), stream, query, queries, gradients, log_sum, delta_row, total,
+                K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
+                batch, head, scale, half == 0, BLOCK_N, HEAD_DIM, PRECISION,
+            )  # fmt: skip
     total *= factor
     if slot < 0:
         base, stride = address(stream, D_text, D_image, D_image, batch, head)
@@ -180,11 +172,7 @@ def _key_gradients(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tokens = (text_tokens, image_tokens, guidance_tokens)
-    item = items + tl.program_id(0) // batch_heads * 5
-    batch_head = tl.program_id(0) % batch_heads
-    batch, head = batch_head // heads, batch_head % heads
-    tile, begin, full_end, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    slot = tl.load(item + 4)
+    tile, begin, full_end, end, slot, batch_head, batch, head = this_item(items, heads, batch_heads)
     stream = tile & 3
     key = (tile >> 2) + tl.arange(0, BLOCK_N)
     present = (key < length(stream, tokens))[:, None]
@@ -196,18 +184,14 @@ def _key_gradients(
     values = tl.load(v_base + at * v_stride + dim[None, :], mask=present, other=0.0)
     by_key = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     by_value = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for index in range(begin, full_end):
-        by_key, by_value = _key_tile(
-            tl.load(entries + index), stream, key, keys, values, by_key, by_value,
-            Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
-            batch, head, batch_head, scale, True, BLOCK_M, HEAD_DIM, PRECISION,
-        )  # fmt: skip
-    for index in range(full_end, end):
-        by_key, by_value = _key_tile(
-            tl.load(entries + index), stream, key, keys, values, by_key, by_value,
-            Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
-            batch, head, batch_head, scale, False, BLOCK_M, HEAD_DIM, PRECISION,
-        )  # fmt: skip
+    for half in tl.static_range(2):  # tiles that need no mask, then those that do
+        first, last = (begin, full_end) if half == 0 else (full_end, end)
+        for index in range(first, last):
+            by_key, by_value = _key_tile(
+                tl.load(entries + index), stream, key, keys, values, by_key, by_value,
+                Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
+                batch, head, batch_head, scale, half == 0, BLOCK_M, HEAD_DIM, PRECISION,
+            )  # fmt: skip
     by_key *= factor
     if slot < 0:
         dk_base, dk_stride = address(stream, DK_text, DK_image, DK_guidance, batch, head)
@@ -223,19 +207,9 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def _add_parts(
-    text,
-    image,
-    guidance,
-    parts,
-    merges,
-    text_tokens,
-    image_tokens,
-    guidance_tokens,
-    heads,
-    batch_heads,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
+    text, image, guidance, parts, merges, text_tokens, image_tokens, guidance_tokens, heads, batch_heads,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Sums of the partial gradients of split tiles."""
     tokens = (text_tokens, image_tokens, guidance_tokens)
     merge = merges + tl.program_id(0) // batch_heads * 3

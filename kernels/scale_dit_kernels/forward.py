@@ -41,6 +41,17 @@ def length(stream, tokens):
 
 
 @triton.jit
+def this_item(items, heads, batch_heads):
+    """What a program works on: an item of `Lists`, and a batch entry and head."""
+    item = items + tl.program_id(0) // batch_heads * 5
+    batch_head = tl.program_id(0) % batch_heads
+    return (
+        tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4),
+        batch_head, batch_head // heads, batch_head % heads,
+    )  # fmt: skip
+
+
+@triton.jit
 def may_read(query_stream, query, key_stream, key, reads, image_places, guidance_places, tokens):
     """Mask of a partial tile, `[queries, keys]`: an image row reads a rectangle of the picture and one of the draft."""
     keys = length(key_stream, tokens)
@@ -103,11 +114,7 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tokens = (text_tokens, image_tokens, guidance_tokens)
-    item = items + tl.program_id(0) // batch_heads * 5
-    batch_head = tl.program_id(0) % batch_heads
-    batch, head = batch_head // heads, batch_head % heads
-    tile, begin, full_end, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    slot = tl.load(item + 4)
+    tile, begin, full_end, end, slot, batch_head, batch, head = this_item(items, heads, batch_heads)
     stream = tile & 3
     query = (tile >> 2) + tl.arange(0, BLOCK_M)
     present = query < length(stream, tokens)
@@ -120,18 +127,14 @@ def _forward(
     total = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     weights = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for index in range(begin, full_end):
-        total, weights, highest = _attend_tile(
-            tl.load(entries + index), stream, query, queries, total, weights, highest,
-            K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
-            batch, head, scale, True, BLOCK_N, HEAD_DIM, PRECISION,
-        )  # fmt: skip
-    for index in range(full_end, end):
-        total, weights, highest = _attend_tile(
-            tl.load(entries + index), stream, query, queries, total, weights, highest,
-            K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
-            batch, head, scale, False, BLOCK_N, HEAD_DIM, PRECISION,
-        )  # fmt: skip
+    for half in tl.static_range(2):  # tiles that need no mask, then those that do
+        first, last = (begin, full_end) if half == 0 else (full_end, end)
+        for index in range(first, last):
+            total, weights, highest = _attend_tile(
+                tl.load(entries + index), stream, query, queries, total, weights, highest,
+                K_text, K_image, K_guidance, V_text, V_image, V_guidance, reads, image_places, guidance_places, tokens,
+                batch, head, scale, half == 0, BLOCK_N, HEAD_DIM, PRECISION,
+            )  # fmt: skip
 
     total = total / tl.where(weights == 0, 1.0, weights)[:, None]
     log_sum = highest + tl.log2(weights)  # -inf + -inf where nothing was read

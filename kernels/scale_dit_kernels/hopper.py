@@ -1,6 +1,6 @@
 """The forward pass for Hopper: a program keeps one multiprocessor busy, and its warps share the work by kind.
 
-One warp fetches queries, keys and values ahead by TMA; two groups of four warps compute 64 query rows each. Each group
+One group of four warps fetches ahead (`hopper_fetch.py`), two compute 64 query rows each. A computing group
 starts the product of the next keys before it turns the present logits into weights, so that the matrix units and the
 exponential units work at once (FlashAttention-3, Shah et al. 2024). A step takes two tiles of 64 keys, which need not
 be neighbours. Programs stay for the whole launch, each with its own list of work, so that one item's first fetches run
@@ -18,97 +18,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from scale_dit_kernels.forward import merge
+from scale_dit_kernels.hopper_fetch import ROWS, produce
 from scale_dit_kernels.schedule import Schedule, Work
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 SHARED_MEMORY = 227 * 1024
-ROWS = gl.constexpr(64)
-"""Query rows of one group of warps, and keys of one tile."""
-
-
-@gluon.jit
-def _fetch(
-    descriptor, batch, start, head, barrier, boxes, first,
-    HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr,
-):  # fmt: skip
-    """Fetch 64 tokens of a stream into boxes of 64 x COLUMNS; later boxes of the same tokens lie STEP further on."""
-    for part in gl.static_range(HEAD_DIM // COLUMNS):
-        tma.async_copy_global_to_shared(
-            descriptor, [batch, start, head, part * COLUMNS], barrier, boxes.index(first + part * STEP)
-        )
-
-
-@gluon.jit
-def _fetch_keys(
-    entry, text, image, guidance, batch, head, barrier, boxes, first, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr
-):  # fmt: skip
-    stream = entry & 3
-    if stream == 0:
-        _fetch(text, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, 2)
-    elif stream == 1:
-        _fetch(image, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, 2)
-    else:
-        _fetch(guidance, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, 2)
-
-
-@gluon.jit
-def _produce(
-    q_text, q_image, k_text, k_image, k_guidance, v_text, v_image, v_guidance, work, first, last, items, pairs,
-    heads, batch_heads, q_boxes, k_boxes, v_boxes, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The fetching warp."""
-    BOXES: gl.constexpr = 2 * (HEAD_DIM // COLUMNS)
-    BYTES: gl.constexpr = 2 * ROWS * HEAD_DIM * 2
-    step = 0
-    for index in range(first, last):
-        number = gl.load(work + index)
-        item = items + number // batch_heads * 5
-        batch_head = number % batch_heads
-        batch, head = batch_head // heads, batch_head % heads
-        tile, begin, end = gl.load(item), gl.load(item + 1), gl.load(item + 3)
-        mbarrier.wait(q_empty.index(0), ((index - first) & 1) ^ 1)
-        mbarrier.expect(q_full.index(0), BYTES)
-        for group in gl.static_range(2):
-            start = (tile >> 2) + group * ROWS
-            if (tile & 3) == 0:
-                _fetch(
-                    q_text, batch, start, head, q_full.index(0), q_boxes, group * (BOXES // 2), HEAD_DIM, COLUMNS, 1
-                )  # fmt: skip
-            else:
-                _fetch(
-                    q_image, batch, start, head, q_full.index(0), q_boxes, group * (BOXES // 2), HEAD_DIM, COLUMNS, 1
-                )  # fmt: skip
-        for pair in range(begin, end):
-            one, two = gl.load(pairs + 2 * pair), gl.load(pairs + 2 * pair + 1)
-            slot = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            box = slot * BOXES
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), BYTES)
-            _fetch_keys(
-                one, k_text, k_image, k_guidance, batch, head, k_full.index(slot), k_boxes, box, HEAD_DIM, COLUMNS
-            )  # fmt: skip
-            _fetch_keys(
-                two, k_text, k_image, k_guidance, batch, head, k_full.index(slot), k_boxes, box + 1, HEAD_DIM, COLUMNS
-            )  # fmt: skip
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), BYTES)
-            _fetch_keys(
-                one, v_text, v_image, v_guidance, batch, head, v_full.index(slot), v_boxes, box, HEAD_DIM, COLUMNS
-            )  # fmt: skip
-            _fetch_keys(
-                two, v_text, v_image, v_guidance, batch, head, v_full.index(slot), v_boxes, box + 1, HEAD_DIM, COLUMNS
-            )  # fmt: skip
-            step += 1
 
 
 @gluon.jit
@@ -334,7 +255,7 @@ def _forward(
                 heads, batch_heads, scale, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 gl.constexpr(1), HEAD_DIM, STAGES,
             )),
-            (_produce, (
+            (produce, (
                 q_text, q_image, k_text, k_image, k_guidance, v_text, v_image, v_guidance, work, first, last, items,
                 pairs, heads, batch_heads, q_boxes, k_boxes, v_boxes, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 HEAD_DIM, COLUMNS, STAGES,

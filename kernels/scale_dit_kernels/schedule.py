@@ -58,7 +58,6 @@ class Schedule:
     Args:
         block_m, block_n: Query tokens and key tokens of a tile.
         tokens: Text, image and guidance tokens.
-        text_reads_image: Whether text rows read the image.
         rows: Query tiles, each with the key tiles it visits.
         columns: Key tiles, each with the query tiles that visit it: the backward pass of keys and values.
         reads: `[8, N]`: what each image token reads, as first and last + 1 row and column, first of the picture, then

@@ -6,7 +6,7 @@ elsewhere the reference. Compiled models call it without a break.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
@@ -167,7 +167,8 @@ def _by_reference(streams: Sequence[Sequence[Tensor]], layout: Layout, scale: fl
 
 
 @lru_cache(maxsize=64)
-def _plan(layout: Layout, device: torch.device):
+def _plan(layout: Layout, device: torch.device) -> Callable[[int, int], Schedule]:
+    """Schedules of a layout by the sides of a tile, always the same objects."""
     return partial(schedule, layout, device)
 
 
