@@ -9,6 +9,8 @@ from test_attention import LAYOUTS, random_inputs
 from scale_dit.attention import attend
 from scale_dit.benchmark.attention import TOLERANCE, AttentionBenchmark, Case, gate, measures
 from scale_dit.benchmark.exact import text_rows, window_rows
+from scale_dit.benchmark.rotation import TOLERANCE as ROTATION_TOLERANCE
+from scale_dit.benchmark.rotation import relative_error
 from scale_dit.errors import UserError
 
 SETTINGS = {
@@ -60,6 +62,12 @@ def test_unknown_names_are_refused(setting, message):
 def test_a_machine_without_a_gpu_is_told(tmp_path):
     with pytest.raises(UserError, match="needs a CUDA GPU"):
         AttentionBenchmark(**SETTINGS).run(tmp_path / "results.csv")
+
+
+def test_errors_of_the_rotation_are_seen():
+    right = torch.randn(2, 5, 3, 16)
+    assert relative_error(right.bfloat16(), right) < ROTATION_TOLERANCE < relative_error(right * 1.1, right)
+    assert not relative_error(right * torch.nan, right) <= ROTATION_TOLERANCE
 
 
 def test_a_row_says_rate_and_share():

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from scale_dit.benchmark.attention import TOKEN_PX
 from scale_dit.benchmark.timing import interleaved, need_gpu, percentiles
+from scale_dit.errors import UserError
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.models.flux_attention import norm_and_rotate
 
+TOLERANCE = 1e-2
 KEYS = ("px", "implementation", "pass")
 
 
@@ -36,7 +38,7 @@ class RotationBenchmark:
         `gb_per_s` counts a read and a write of the tensor, and two reads and a write in the backward pass.
 
         Raises:
-            UserError: there is no CUDA GPU.
+            UserError: there is no CUDA GPU, or the outputs differ by more than bfloat16 rounds.
         """
         need_gpu()
         norm = nn.RMSNorm(self.head_dim, eps=1e-6, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
@@ -51,6 +53,13 @@ class RotationBenchmark:
                 "eager": partial(norm_and_rotate, norm=norm, rotary=rotary, fused=False),
                 "compiled": partial(compiled, norm=norm, rotary=rotary, fused=False),
             }
+            if (
+                not (error := relative_error(*(implementations[name](query) for name in ("fused", "eager"))))
+                <= TOLERANCE
+            ):
+                raise UserError(
+                    f"at {px} px the fused pass differs from the two passes by {error:.1e}: nothing is timed"
+                )
             calls = {name: _call(make, query, kind) for name, make in implementations.items()}
             with torch._dynamo.config.patch(recompile_limit=64):  # beyond it `compiled` would silently be eager
                 measured = interleaved(calls, self.rounds)
@@ -61,6 +70,11 @@ class RotationBenchmark:
                 row |= {"gb_per_s": f"{moved / float(times['p50_ms']) / 1e6:.0f}", "rounds": self.rounds}
                 print(*row.values(), flush=True)
                 add_rows(table, [row], KEYS)
+
+
+def relative_error(actual: Tensor, right: Tensor) -> float:
+    """Of the whole tensor, by its norm."""
+    return float((actual.double() - right.double()).norm() / right.double().norm())
 
 
 def _call(make: Callable[[Tensor], Tensor], query: Tensor, kind: str) -> Callable[[], object]:
