@@ -16,7 +16,7 @@ from scale_dit_kernels.schedule import Schedule
 
 TILES = {2: ((64, 64), (64, 64)), 4: ((64, 32), (32, 32))}
 """Queries and keys of a tile in the forward and the backward pass, by the bytes of a number."""
-HOPPER_TILE = (128, 64)
+HOPPER_TILES = (128, 64), (64, 64)
 
 Plan = Callable[[int, int], Schedule]
 """The tiles of a layout, from the numbers of queries and keys of one. The same call gives the same object."""
@@ -45,11 +45,12 @@ def forward(
     if not scale > 0:
         raise ValueError(f"the scale is {scale}, but it must be positive")
     with launching_on(query):
-        if hopper := hopper_kernel(query, text, image, guidance):
-            schedule = plan(*HOPPER_TILE)
-            programs = torch.cuda.get_device_properties(query.device).multi_processor_count
-            work = schedule.work(query.shape[0] * query.shape[2], programs)
-            return hopper(text, image, guidance, schedule, work, scale)
+        if takes_hopper(*text, *image, *guidance):
+            from scale_dit_kernels import hopper  # which not every Triton can read
+
+            schedule = plan(*HOPPER_TILES[0])
+            work = schedule.row_work(query.shape[0] * query.shape[2], multiprocessors(query.device))
+            return hopper.forward(text, image, guidance, schedule, work, scale)
         return forward_kernels.forward(text, image, guidance, plan(*TILES[query.element_size()][0]), scale)
 
 
@@ -70,24 +71,39 @@ def backward(
         output, lse: as `forward` gave them.
         text, image, guidance, plan, scale: as `forward` took them.
     """
-    schedule = plan(*TILES[image[0].element_size()][1])
-    tokens = list(schedule.tokens[:2])
+    tokens = [text[0].shape[1], image[0].shape[1]]
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     gradients, outputs = gradient.split(tokens, dim=1), output.split(tokens, dim=1)
     with launching_on(gradient):
+        if takes_hopper(*text, *image, *guidance, *gradients):
+            from scale_dit_kernels import hopper_backward
+
+            by_rows, by_columns = (plan(*tile) for tile in HOPPER_TILES)
+            programs = multiprocessors(gradient.device)
+            return hopper_backward.backward(
+                gradients, outputs, lse, text, image, guidance, by_rows, by_columns, programs, scale
+            )
+        schedule = plan(*TILES[gradient.element_size()][1])
         return backward_kernels.backward(gradients, outputs, lse, text, image, guidance, schedule, scale)
 
 
-def hopper_kernel(query: Tensor, *streams: Sequence[Tensor]) -> Callable | None:
-    """The forward pass for Hopper, or `None` where the portable one has to do."""
-    if not query.is_cuda or query.element_size() != 2 or query.shape[-1] < 32:
-        return None
-    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(query.device) == (9, 0)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def takes_hopper(*parts: Tensor) -> bool:
+    """Whether the kernels for Hopper compute, and not the portable ones."""
+    some = parts[-1]
+    if not some.is_cuda or some.element_size() != 2 or some.shape[-1] < 32:
+        return False
+    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(some.device) == (9, 0)
     if not is_hopper or not has_gluon():
-        return None
+        return False
     # TMA wants addresses and strides in multiples of 16 bytes.
-    parts = [part for stream in streams for part in stream if part.numel()]
-    aligned = all(not part.data_ptr() % 16 and not any(step % 8 for step in part.stride()[:3]) for part in parts)
-    return import_module("scale_dit_kernels.hopper").forward if aligned else None
+    return all(
+        not part.data_ptr() % 16 and not any(step % 8 for step in part.stride()[:3]) for part in parts if part.numel()
+    )
 
 
 @lru_cache(maxsize=1)

@@ -9,37 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from scale_dit_kernels.backward_shared import add_parts, prepare, rows_before
 from scale_dit_kernels.forward import LOG2_E, SIZES, address, described, length, may_read, precision, this_item
 from scale_dit_kernels.schedule import Lists, Schedule
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _delta(
-    O_text, O_image, G_text, G_image, delta, text_tokens, image_tokens, guidance_tokens, heads, batch_heads,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """The dot product of every row's output and its gradient, `[B, H, T + N]`."""
-    tokens = (text_tokens, image_tokens, guidance_tokens)
-    blocks = tl.cdiv(tokens[0], BLOCK) + tl.cdiv(tokens[1], BLOCK)
-    batch_head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    batch, head = batch_head // heads, batch_head % heads
-    stream = tl.where(block < tl.cdiv(tokens[0], BLOCK), 0, 1)
-    query = (block - stream * tl.cdiv(tokens[0], BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    present = query < length(stream, tokens)
-    dim = tl.arange(0, HEAD_DIM)
-    o_base, o_stride = address(stream, O_text, O_image, O_image, batch, head)
-    g_base, g_stride = address(stream, G_text, G_image, G_image, batch, head)
-    at, where = query[:, None].to(tl.int64), present[:, None]
-    output = tl.load(o_base + at * o_stride + dim[None, :], mask=where, other=0.0).to(tl.float32)
-    gradient = tl.load(g_base + at * g_stride + dim[None, :], mask=where, other=0.0).to(tl.float32)
-    row = batch_head.to(tl.int64) * (tokens[0] + tokens[1]) + stream * tokens[0] + query
-    tl.store(delta + row, tl.sum(output * gradient, 1), mask=present)
 
 
 @triton.jit
@@ -87,7 +63,7 @@ def _query_tile(
 @triton.jit(do_not_specialize=SIZES)
 def _query_gradients(
     Q_text, Q_image, K_text, K_image, K_guidance, V_text, V_image, V_guidance, G_text, G_image, D_text, D_image,
-    lse, delta, parts, items, entries, reads, image_places, guidance_places,
+    log_sums, deltas, parts, items, entries, reads, image_places, guidance_places,
     text_tokens, image_tokens, guidance_tokens, heads, batch_heads, scale, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +73,7 @@ def _query_gradients(
     query = (tile >> 2) + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, HEAD_DIM)
     queries, gradients, log_sum, delta_row = load_rows(
-        stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head, HEAD_DIM
+        stream, query, Q_text, Q_image, G_text, G_image, log_sums, deltas, tokens, batch, head, batch_head, HEAD_DIM
     )
     total = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for half in tl.static_range(2):  # tiles that need no mask, then those that do
@@ -120,28 +96,25 @@ def _query_gradients(
 
 @triton.jit
 def load_rows(
-    stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head,
+    stream, query, Q_text, Q_image, G_text, G_image, log_sums, deltas, tokens, batch, head, batch_head,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Queries, gradients of their outputs, log-sum-exp (base 2; infinite for absent rows: no weight) and delta."""
-    present = query < length(stream, tokens)
+    """Queries, gradients of their outputs, and what `_prepare` made of the rows."""
+    present = (query < length(stream, tokens))[:, None]
     dim = tl.arange(0, HEAD_DIM)
     q_base, q_stride = address(stream, Q_text, Q_image, Q_image, batch, head)
     g_base, g_stride = address(stream, G_text, G_image, G_image, batch, head)
     at = query[:, None].to(tl.int64)
-    queries = tl.load(q_base + at * q_stride + dim[None, :], mask=present[:, None], other=0.0)
-    gradients = tl.load(g_base + at * g_stride + dim[None, :], mask=present[:, None], other=0.0)
-    row = batch_head.to(tl.int64) * (tokens[0] + tokens[1]) + tl.where(stream == 1, tokens[0], 0) + query
-    log_sum = tl.load(lse + row, mask=present, other=float("inf"))
-    # Rows that read nothing have -inf; their weights are 0, not exp2(inf).
-    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2_E)
-    return queries, gradients, log_sum, tl.load(delta + row, mask=present, other=0.0)
+    queries = tl.load(q_base + at * q_stride + dim[None, :], mask=present, other=0.0)
+    gradients = tl.load(g_base + at * g_stride + dim[None, :], mask=present, other=0.0)
+    row = rows_before(stream, batch_head, tokens) + query
+    return queries, gradients, tl.load(log_sums + row), tl.load(deltas + row)
 
 
 @triton.jit
 def _key_tile(
     entry, key_stream, key, keys, values, by_key, by_value,
-    Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
+    Q_text, Q_image, G_text, G_image, log_sums, deltas, reads, image_places, guidance_places, tokens,
     batch, head, batch_head, scale,
     IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +122,7 @@ def _key_tile(
     stream = entry & 3
     query = (entry >> 2) + tl.arange(0, BLOCK_M)
     queries, gradients, log_sum, delta_row = load_rows(
-        stream, query, Q_text, Q_image, G_text, G_image, lse, delta, tokens, batch, head, batch_head, HEAD_DIM
+        stream, query, Q_text, Q_image, G_text, G_image, log_sums, deltas, tokens, batch, head, batch_head, HEAD_DIM
     )
     weight = _weights(
         stream, query, key_stream, key, queries, tl.trans(keys), log_sum, reads, image_places, guidance_places, tokens,
@@ -166,7 +139,7 @@ def _key_tile(
 def _key_gradients(
     Q_text, Q_image, K_text, K_image, K_guidance, V_text, V_image, V_guidance, G_text, G_image,
     DK_text, DK_image, DK_guidance, DV_text, DV_image, DV_guidance,
-    lse, delta, key_parts, value_parts, items, entries, reads, image_places, guidance_places,
+    log_sums, deltas, key_parts, value_parts, items, entries, reads, image_places, guidance_places,
     text_tokens, image_tokens, guidance_tokens,
     heads, batch_heads, scale, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,7 +162,7 @@ def _key_gradients(
         for index in range(first, last):
             by_key, by_value = _key_tile(
                 tl.load(entries + index), stream, key, keys, values, by_key, by_value,
-                Q_text, Q_image, G_text, G_image, lse, delta, reads, image_places, guidance_places, tokens,
+                Q_text, Q_image, G_text, G_image, log_sums, deltas, reads, image_places, guidance_places, tokens,
                 batch, head, batch_head, scale, half == 0, BLOCK_M, HEAD_DIM, PRECISION,
             )  # fmt: skip
     by_key *= factor
@@ -203,30 +176,6 @@ def _key_gradients(
         row = (slot.to(tl.int64) * batch_heads + batch_head) * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(key_parts + row[:, None] * HEAD_DIM + dim[None, :], by_key)
         tl.store(value_parts + row[:, None] * HEAD_DIM + dim[None, :], by_value)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _add_parts(
-    text, image, guidance, parts, merges, text_tokens, image_tokens, guidance_tokens, heads, batch_heads,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Sums of the partial gradients of split tiles."""
-    tokens = (text_tokens, image_tokens, guidance_tokens)
-    merge = merges + tl.program_id(0) // batch_heads * 3
-    batch_head = tl.program_id(0) % batch_heads
-    batch, head = batch_head // heads, batch_head % heads
-    tile, first, count = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
-    stream = tile & 3
-    dim = tl.arange(0, HEAD_DIM)
-    at = (first.to(tl.int64) * batch_heads + batch_head) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-    for part in range(count):
-        row = at + part * batch_heads.to(tl.int64) * BLOCK
-        total += tl.load(parts + row[:, None] * HEAD_DIM + dim[None, :])
-    token = (tile >> 2) + tl.arange(0, BLOCK)
-    base, stride = address(stream, text, image, guidance, batch, head)
-    to = base + token[:, None].to(tl.int64) * stride + dim[None, :]
-    tl.store(to, total.to(image[0].dtype.element_ty), mask=(token < length(stream, tokens))[:, None])
 
 
 def backward(
@@ -258,39 +207,29 @@ def backward(
         [described(stream[part]) for stream in (text, image)] + ([described(guidance[part - 1])] if part else [])
         for part in range(3)
     )
-    g = [described(each if each.stride(-1) == 1 else each.contiguous()) for each in gradients]
-    delta = torch.empty_like(lse)
-    blocks = -(-schedule.tokens[0] // m) + -(-schedule.tokens[1] // m)
-    _delta[(blocks * batch_heads,)](
-        *map(described, outputs), *g, delta, *schedule.tokens, heads, batch_heads, m, head_dim
-    )  # fmt: skip
+    g = [described(each) for each in gradients]
+    log_sums, deltas = prepare(outputs, g, lse, schedule.tokens)
     rest = (schedule.reads, schedule.image_places, schedule.guidance_places, *schedule.tokens, heads, batch_heads)
     settings = (scale * LOG2_E.value, scale, m, n, head_dim, kind)
 
     def workspace(lists: Lists, block: int) -> Tensor:
         return lse.new_empty(lists.slots, batch_heads, block, head_dim)
 
-    def add_parts(streams: list, parts: Tensor, lists: Lists, block: int) -> None:
-        if lists.slots:
-            _add_parts[(len(lists.merges) * batch_heads,)](
-                *streams, parts, lists.merges, *schedule.tokens, heads, batch_heads, block, head_dim
-            )
-
     rows, columns = schedule.rows, schedule.columns
     dq = [described(stream[0]) for stream in (by_text, by_image)]
     parts = workspace(rows, m)
     _query_gradients[(len(rows.items) * batch_heads,)](
-        *q, *k, *v, *g, *dq, lse, delta, parts, rows.items, rows.entries, *rest, *settings,
+        *q, *k, *v, *g, *dq, log_sums, deltas, parts, rows.items, rows.entries, *rest, *settings,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    add_parts([*dq, dq[1]], parts, rows, m)
+    add_parts([*dq, dq[1]], parts, rows.merges, schedule.tokens, heads)
     dk = [described(stream[index]) for stream, index in ((by_text, 1), (by_image, 1), (by_guidance, 0))]
     dv = [described(stream[index]) for stream, index in ((by_text, 2), (by_image, 2), (by_guidance, 1))]
     key_parts, value_parts = workspace(columns, n), workspace(columns, n)
     _key_gradients[(len(columns.items) * batch_heads,)](
-        *q, *k, *v, *g, *dk, *dv, lse, delta, key_parts, value_parts, columns.items, columns.entries, *rest, *settings,
-        num_warps=warps, num_stages=stages,
+        *q, *k, *v, *g, *dk, *dv, log_sums, deltas, key_parts, value_parts, columns.items, columns.entries, *rest,
+        *settings, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    add_parts(dk, key_parts, columns, n)
-    add_parts(dv, value_parts, columns, n)
+    add_parts(dk, key_parts, columns.merges, schedule.tokens, heads)
+    add_parts(dv, value_parts, columns.merges, schedule.tokens, heads)
     return by_text, by_image, by_guidance

@@ -24,50 +24,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from scale_dit_kernels.forward import merge
-from scale_dit_kernels.hopper_fetch import ROWS, produce
+from scale_dit_kernels.hopper_fetch import produce
+from scale_dit_kernels.hopper_shared import ROWS, barriers, length, masked
 from scale_dit_kernels.schedule import Schedule, Work
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 SHARED_MEMORY = 227 * 1024
-
-
-@gluon.jit
-def _length(stream, text, image, guidance):
-    return gl.where(stream == 0, text, gl.where(stream == 1, image, guidance))
-
-
-@gluon.jit
-def _within(row, column, reads, query, inside, image):
-    """Whether keys lie in the rectangle that a query reads, `[queries, keys]`."""
-    top, bottom = gl.load(reads + query, mask=inside, other=0), gl.load(reads + image + query, mask=inside, other=0)
-    left = gl.load(reads + 2 * image + query, mask=inside, other=0)
-    right = gl.load(reads + 3 * image + query, mask=inside, other=0)
-    within = (row[None, :] >= top[:, None]) & (row[None, :] < bottom[:, None])
-    return within & (column[None, :] >= left[:, None]) & (column[None, :] < right[:, None])
-
-
-@gluon.jit
-def _masked(
-    logits, pair, pairs, query_stream, query, reads, image_places, guidance_places, text, image, guidance,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """-inf where a row may not read: an image row reads a rectangle of the picture and one of the draft."""
-    place = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, LAYOUT))
-    entry = gl.where(place < ROWS, gl.load(pairs + 2 * pair), gl.load(pairs + 2 * pair + 1))
-    stream = entry & 3
-    key = (entry >> 2) + place % ROWS
-    present = key < _length(stream, text, image, guidance)
-    in_guidance = stream == 2
-    seen = gl.load(image_places + key, mask=present & (stream == 1), other=0)
-    seen = gl.where(in_guidance, gl.load(guidance_places + key, mask=present & in_guidance, other=0), seen)
-    row, column = seen >> 16, seen & 0xFFFF
-    inside = (query_stream == 1) & (query < image)
-    in_picture = _within(row, column, reads, query, inside, image)
-    in_draft = _within(row, column, reads + 4 * image, query, inside, image)
-    free = (stream == 0) | (query_stream != 1)
-    allowed = gl.where(in_guidance[None, :], in_draft, in_picture) | free[None, :]
-    return gl.where(allowed & present[None, :], logits, float("-inf"))
 
 
 @gluon.jit
@@ -104,7 +67,7 @@ def _advance(
     logits = warpgroup_mma_wait(1, deps=(logits,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     if MASKED:
-        logits = _masked(
+        logits = masked(
             logits, pair, pairs, query_stream, query, reads, image_places, guidance_places, text, image, guidance,
             LAYOUT,
         )  # fmt: skip
@@ -153,7 +116,7 @@ def _consume(
         logits = warpgroup_mma_wait(0, deps=(logits,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         if full_end == begin:
-            logits = _masked(
+            logits = masked(
                 logits, begin, pairs, stream, query, reads, image_places, guidance_places, text, image, guidance,
                 LAYOUT,
             )  # fmt: skip
@@ -185,7 +148,7 @@ def _consume(
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(v_empty.index(slot), count=1)
 
-        present = query < _length(stream, text, image, guidance)
+        present = query < length(stream, text, image, guidance)
         dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, OUT))
         log_sum = highest * scale + gl.log2(weights)  # -inf + -inf where nothing was read
         inverse = gl.convert_layout(1.0 / gl.where(weights == 0, 1.0, weights), gl.SliceLayout(1, OUT))
@@ -226,19 +189,9 @@ def _forward(
     q_tiles = q_boxes._reinterpret(dtype, [2, ROWS, HEAD_DIM], TILE_LAYOUT)
     k_tiles = k_boxes._reinterpret(dtype, [STAGES, 2 * ROWS, HEAD_DIM], TILE_LAYOUT)
     v_tiles = v_boxes._reinterpret(dtype, [STAGES, 2 * ROWS, HEAD_DIM], TILE_LAYOUT)
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full.index(0), count=1)
-    mbarrier.init(q_empty.index(0), count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+    q_full, q_empty = barriers(1)
+    k_full, k_empty = barriers(STAGES)
+    v_full, v_empty = barriers(STAGES)
     fence_async_shared()
     first, last = gl.load(starts + gl.program_id(0)), gl.load(starts + gl.program_id(0) + 1)
     gl.warp_specialize(
@@ -272,6 +225,13 @@ def stages(head_dim: int) -> int:
     return min(4, (SHARED_MEMORY - 2 * tile - barriers) // (4 * tile))
 
 
+def boxes(stream: Tensor) -> TensorDescriptor:
+    """`[B, tokens, H, D]` as TMA fetches it: 64 tokens and up to 64 numbers of a head at a time."""
+    columns = min(stream.shape[-1], 64)
+    layout = gl.NVMMASharedLayout(2 * columns, 16, 4)
+    return TensorDescriptor(stream, stream.shape, stream.stride(), [1, ROWS.value, 1, columns], layout)
+
+
 def forward(
     text: Sequence[Tensor],
     image: Sequence[Tensor],
@@ -286,10 +246,7 @@ def forward(
     columns = min(head_dim, 64)
     layouts = [gl.NVMMASharedLayout(2 * columns, 16, rank) for rank in (4, 2)]
 
-    def described(stream: Tensor) -> TensorDescriptor:
-        stream = stream if stream.shape[1] else query
-        return TensorDescriptor(stream, stream.shape, stream.stride(), [1, ROWS.value, 1, columns], layouts[0])
-
+    streams = (text[0], query, text[1], image[1], guidance[0], text[2], image[2], guidance[1])
     joined = query.new_empty(batch, sum(schedule.tokens[:2]), heads, head_dim)
     outputs = joined.split(list(schedule.tokens[:2]), dim=1)
     batch_heads, slots = batch * heads, schedule.rows.slots
@@ -297,8 +254,7 @@ def forward(
     part_lse = lse.new_empty(slots, batch_heads, schedule.block_m)
     part_out = lse.new_empty(slots, batch_heads, schedule.block_m, head_dim)
     _forward[(len(work.starts) - 1,)](
-        *(described(each) for each in (text[0], query)),
-        *(described(stream[part]) for part in (-2, -1) for stream in (text, image, guidance)),
+        *(boxes(each if each.shape[1] else query) for each in streams),
         outputs[0], *outputs[0].stride()[:3], outputs[1], *outputs[1].stride()[:3], lse, part_out, part_lse,
         work.order, work.starts, work.items, work.pairs, schedule.reads, schedule.image_places,
         schedule.guidance_places, *schedule.tokens, heads, batch_heads, scale * LOG2_E.value,

@@ -6,12 +6,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-ROWS = gl.constexpr(64)
-"""Query rows of one group of warps, and keys of one tile."""
+from scale_dit_kernels.hopper_shared import ROWS
 
 
 @gluon.jit
-def _fetch(
+def fetch(
     descriptor, batch, start, head, barrier, boxes, first,
     HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
@@ -23,38 +22,39 @@ def _fetch(
 
 
 @gluon.jit
-def _fetch_tile(
-    entry, text, image, guidance, batch, head, barrier, boxes, first, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr
+def fetch_tile(
+    entry, text, image, guidance, batch, head, barrier, boxes, first,
+    HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """Fetch a tile of keys or values of whichever stream it is in."""
     stream = entry & 3
     if stream == 0:
-        _fetch(text, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, 2)
+        fetch(text, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, STEP)
     elif stream == 1:
-        _fetch(image, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, 2)
+        fetch(image, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, STEP)
     else:
-        _fetch(guidance, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, 2)
+        fetch(guidance, batch, entry >> 2, head, barrier, boxes, first, HEAD_DIM, COLUMNS, STEP)
 
 
 @gluon.jit
-def _fetch_pair(
+def fetch_pair(
     one, two, text, image, guidance, batch, head, full, empty, phase, boxes, first,
     HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """Wait until a slot is empty, and fetch two tiles into it."""
     mbarrier.wait(empty, phase)
     mbarrier.expect(full, BYTES)
-    _fetch_tile(one, text, image, guidance, batch, head, full, boxes, first, HEAD_DIM, COLUMNS)
-    _fetch_tile(two, text, image, guidance, batch, head, full, boxes, first + 1, HEAD_DIM, COLUMNS)
+    fetch_tile(one, text, image, guidance, batch, head, full, boxes, first, HEAD_DIM, COLUMNS, 2)
+    fetch_tile(two, text, image, guidance, batch, head, full, boxes, first + 1, HEAD_DIM, COLUMNS, 2)
 
 
 @gluon.jit
-def _fetch_queries(
+def fetch_queries(
     descriptor, tile, batch, head, full, boxes, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr
 ):  # fmt: skip
     """Fetch the 64 query rows of one computing group."""
     start = (tile >> 2) + GROUP * ROWS
-    _fetch(descriptor, batch, start, head, full, boxes, GROUP * (HEAD_DIM // COLUMNS), HEAD_DIM, COLUMNS, 1)
+    fetch(descriptor, batch, start, head, full, boxes, GROUP * (HEAD_DIM // COLUMNS), HEAD_DIM, COLUMNS, 1)
 
 
 @gluon.jit
@@ -77,18 +77,18 @@ def produce(
         mbarrier.expect(q_full.index(0), BYTES)
         for group in gl.static_range(2):
             if (tile & 3) == 0:
-                _fetch_queries(q_text, tile, batch, head, q_full.index(0), q_boxes, HEAD_DIM, COLUMNS, group)
+                fetch_queries(q_text, tile, batch, head, q_full.index(0), q_boxes, HEAD_DIM, COLUMNS, group)
             else:
-                _fetch_queries(q_image, tile, batch, head, q_full.index(0), q_boxes, HEAD_DIM, COLUMNS, group)
+                fetch_queries(q_image, tile, batch, head, q_full.index(0), q_boxes, HEAD_DIM, COLUMNS, group)
         for pair in range(begin, end):
             one, two = gl.load(pairs + 2 * pair), gl.load(pairs + 2 * pair + 1)
             slot = step % STAGES
             phase = ((step // STAGES) & 1) ^ 1
-            _fetch_pair(
+            fetch_pair(
                 one, two, k_text, k_image, k_guidance, batch, head, k_full.index(slot), k_empty.index(slot), phase,
                 k_boxes, slot * BOXES, HEAD_DIM, COLUMNS, BYTES,
             )  # fmt: skip
-            _fetch_pair(
+            fetch_pair(
                 one, two, v_text, v_image, v_guidance, batch, head, v_full.index(slot), v_empty.index(slot), phase,
                 v_boxes, slot * BOXES, HEAD_DIM, COLUMNS, BYTES,
             )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 TEXT, IMAGE, GUIDANCE = range(3)
+SKIPPED, FULL, PARTIAL = range(3)
 NOTHING = (1 << 28) * 4 + IMAGE
 """A tile behind the end of every picture: fetched as zeros, and masked."""
 FIXED_STEPS = 1
@@ -39,16 +41,22 @@ class Lists(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Rows for a kernel whose programs stay: keys in pairs of tiles, and a list of items for every program."""
+    """Lists for a kernel whose programs stay: two tiles of 64 at a time, and a list of items for every program."""
 
     order: Tensor
     """`[items x batch x heads]`: `item * batch * heads + batch * heads + head`, program by program."""
     starts: Tensor
     """`[programs + 1]`: where each program's part of `order` begins."""
     items: Tensor
-    """As of `Lists`, counted in pairs."""
+    """Of rows: as of `Lists`, counted in pairs of key tiles. Of columns: `(one tile, other tile, begin, end of what is
+    read wholly of both, end, slot of the one, slot of the other)`."""
     pairs: Tensor
-    """`[pairs, 2]`: entries, wholly allowed ones first; `NOTHING` fills up a pair."""
+    """Of rows: `[pairs, 2]` entries, wholly allowed ones first; `NOTHING` fills up a pair. Of columns: `[entries, 2]`,
+    a tile of queries and how it reads the one tile (`SKIPPED`, `FULL`, `PARTIAL`) plus 4 times how it reads the other.
+    """
+    merges: Tensor
+    """As of `Lists`, of single tiles."""
+    slots: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +66,8 @@ class Schedule:
     Args:
         block_m, block_n: Query tokens and key tokens of a tile.
         tokens: Text, image and guidance tokens.
-        rows: Query tiles, each with the key tiles it visits.
-        columns: Key tiles, each with the query tiles that visit it: the backward pass of keys and values.
+        lists: Which query tiles visit which key tiles.
+        longest: Entries beyond which a list is split.
         reads: `[8, N]`: what each image token reads, as first and last + 1 row and column, first of the picture, then
             of the draft.
         image_places, guidance_places: `[N]`, `[L]`: row and column of each token, `row * 65536 + column`.
@@ -68,18 +76,38 @@ class Schedule:
     block_m: int
     block_n: int
     tokens: tuple[int, int, int]
-    rows: Lists
-    columns: Lists
+    lists: TileLists
+    longest: int
     reads: Tensor
     image_places: Tensor
     guidance_places: Tensor
-    _works: dict[tuple[int, int], Work] = field(default_factory=dict)
+    _works: dict[tuple[str, int, int], Work] = field(default_factory=dict)
 
-    def work(self, batch_heads: int, programs: int) -> Work:
+    @cached_property
+    def rows(self) -> Lists:
+        """Query tiles, each with the key tiles that it visits."""
+        return lay_out(self.lists, self.longest, self.reads.device)
+
+    @cached_property
+    def columns(self) -> Lists:
+        """Key tiles, each with the query tiles that visit it: the backward pass of keys and values."""
+        owner, other, is_full = self.lists
+        return lay_out(TileLists(other, owner, is_full), self.longest, self.reads.device)
+
+    def row_work(self, batch_heads: int, programs: int) -> Work:
         """The rows as lists for `programs` programs; kept."""
-        key = batch_heads, programs
+        key = "rows", batch_heads, programs
         if key not in self._works:
-            self._works[key] = share_out(self.rows, batch_heads, programs)
+            self._works[key] = share_out_rows(self.rows, batch_heads, programs)
+        return self._works[key]
+
+    def column_work(self, batch_heads: int, programs: int) -> Work:
+        """The columns, in pairs of key tiles, as lists for `programs` programs; kept."""
+        key = "columns", batch_heads, programs
+        if key not in self._works:
+            self._works[key] = share_out_columns(
+                self.lists, self.block_n, self.longest, batch_heads, programs, self.reads.device
+            )
         return self._works[key]
 
 
@@ -133,11 +161,8 @@ def lay_out(lists: TileLists, longest: int, device: torch.device) -> Lists:
     return Lists(table(items, 5), lists.other[order].to(device, torch.int32), table(merges, 3), slots)
 
 
-def share_out(rows: Lists, batch_heads: int, programs: int) -> Work:
-    """Pair the tiles of every item, and give the items, longest first, to whichever program has least to do.
-
-    Items that read the same keys follow each other, so that these are fetched from memory once and then from the cache.
-    """
+def share_out_rows(rows: Lists, batch_heads: int, programs: int) -> Work:
+    """Pair the key tiles of every item, and give the items to programs."""
     entries = rows.entries.cpu().long()
     items = rows.items.cpu().long()
     ends = entries[torch.stack([items[:, 1], items[:, 3] - 1])] if len(entries) else items.new_zeros(2, len(items))
@@ -151,20 +176,79 @@ def share_out(rows: Lists, batch_heads: int, programs: int) -> Work:
     within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     pairs[2 * first.repeat_interleave(lengths) + within] = entries[begin.repeat_interleave(lengths) + within]
     paired = torch.stack([items[:, 0], first, first + (full_end - begin) // 2, first + count, items[:, 4]], dim=1)
+    shares = distribute(count, torch.stack([count, *ends]), batch_heads, programs)
+    order, starts, paired, pairs = (
+        part.to(rows.items.device, torch.int32) for part in (*shares, paired, pairs.view(-1, 2))
+    )
+    return Work(order, starts, paired, pairs, rows.merges, rows.slots)
 
-    alike = torch.stack([count, *ends])
+
+def share_out_columns(
+    lists: TileLists, block: int, longest: int, batch_heads: int, programs: int, device: torch.device
+) -> Work:
+    """Pair neighbouring tiles of `block` keys, with all query tiles that read either, and give them to programs."""
+    tiles, tile = lists.other.unique(return_inverse=True)
+    place = tiles // 4 // block
+    couple_of_tile = torch.stack([tiles % 4, place // 2], dim=1).unique(dim=0, return_inverse=True)[1]
+    couples = torch.full((int(couple_of_tile.max()) + 1, 2), NOTHING)
+    couples[couple_of_tile, place % 2] = tiles
+
+    queries, query = lists.owner.unique(return_inverse=True)
+    entries, entry = (couple_of_tile[tile] * len(queries) + query).unique(return_inverse=True)
+    states = torch.zeros(len(entries), 2, dtype=torch.long)
+    states[entry, place[tile] % 2] = torch.where(lists.is_full, FULL, PARTIAL)
+    couple, is_full = entries // len(queries), (states == FULL).all(1)
+    order = sorted_by(couple, ~is_full)
+    flags = states[:, 0] + 4 * states[:, 1]
+    pairs = torch.stack([queries[entries % len(queries)], flags], dim=1)[order]
+
+    counts = couple.bincount()
+    fulls = couple[is_full].bincount(minlength=len(counts))
+    begins = counts.cumsum(0) - counts
+    items, merges, slots = [], [], 0
+    for both, begin, count, full in zip(*(part.tolist() for part in (couples, begins, counts, fulls)), strict=True):
+        parts = -(-count // longest)
+        borders = [begin + count * part // parts for part in range(parts + 1)]
+        for part, (first, last) in enumerate(pairwise(borders)):
+            own = (slots + part, slots + parts + part) if parts > 1 else (-1, -1)
+            items.append((*both, first, min(max(begin + full, first), last), last, *own))
+        if parts > 1:
+            merges += [(each, slots + side * parts, parts) for side, each in enumerate(both) if each != NOTHING]
+            slots += 2 * parts
+    table = torch.tensor(items, dtype=torch.long).view(-1, 7)
+    count = table[:, 4] - table[:, 2]
+    order = sorted_by(-count, table[:, 2])
+    table, count = table[order], count[order]
+    ends = pairs[torch.stack([table[:, 2], table[:, 4] - 1]), 0]
+    shares = distribute(count, torch.stack([count, *ends]), batch_heads, programs)
+    merged = torch.tensor(merges, dtype=torch.long).view(-1, 3)
+    order, starts, table, pairs, merged = (part.to(device, torch.int32) for part in (*shares, table, pairs, merged))
+    return Work(order, starts, table, pairs, merged, slots)
+
+
+def distribute(count: Tensor, alike: Tensor, batch_heads: int, programs: int) -> tuple[Tensor, Tensor]:
+    """Give items to whichever program has least to do.
+
+    Items that read the same tiles follow each other, so that memory gives them once and then the cache.
+
+    Args:
+        count: `[items]`, steps of each, falling.
+        alike: `[n, items]`; neighbours with equal columns read the same tiles.
+
+    Returns:
+        `Work.order` and `Work.starts`.
+    """
     _, sizes = alike.unique_consecutive(dim=1, return_counts=True)
     loads = [(0, program) for program in range(programs)]
     shares: list[list[int]] = [[] for _ in range(programs)]
-    begin_item = 0
+    first = 0
     for size in sizes.tolist():
-        steps = int(count[begin_item]) + FIXED_STEPS
+        steps = int(count[first]) + FIXED_STEPS
         for batch_head in range(batch_heads):
-            for item in range(begin_item, begin_item + size):
+            for item in range(first, first + size):
                 load, program = heapq.heappop(loads)
                 shares[program].append(item * batch_heads + batch_head)
                 heapq.heappush(loads, (load + steps, program))
-        begin_item += size
-    starts = torch.tensor([0, *(len(share) for share in shares)]).cumsum(0)
-    numbers = torch.tensor([number for share in shares for number in share])
-    return Work(*(part.to(rows.items.device, torch.int32) for part in (numbers, starts, paired, pairs.view(-1, 2))))
+        first += size
+    numbers = torch.tensor([number for share in shares for number in share], dtype=torch.long)
+    return numbers, torch.tensor([0, *(len(share) for share in shares)]).cumsum(0)

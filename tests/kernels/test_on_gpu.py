@@ -53,16 +53,21 @@ def in_double(inputs: tuple) -> tuple:
 
 
 def check(layout: Layout, inputs: tuple, scale: float | None = None) -> None:
-    """No row's error is above twice that of masked attention's worst row in the same precision, plus rounding."""
+    """No row's error is above twice that of masked attention's worst row in the same precision, plus rounding.
+
+    Rounding is that of the numbers, and that of logits in float32.
+    """
     exact = output_and_gradients(in_double(inputs), layout, "reference", scale)
     ours = output_and_gradients(inputs, layout, "triton", scale)
     plain = output_and_gradients(inputs, layout, "masked", scale)
-    floor = torch.finfo(inputs[1][0].dtype).eps
+    query, key = inputs[1][0].double(), inputs[1][1].double()
+    largest = float((query.norm(dim=-1).max() * key.norm(dim=-1).max()) * (scale or query.shape[-1] ** -0.5))
+    floor = 2 * torch.finfo(inputs[1][0].dtype).eps + torch.finfo(torch.float32).eps * largest
     for part, (actual, peer, right) in enumerate(zip(ours, plain, exact, strict=True)):
         if not right.numel():
             continue
         typical = right.norm(dim=-1).square().mean().sqrt().clamp_min(1e-3)
-        size = right.norm(dim=-1).clamp_min(typical / 4)
+        size = right.norm(dim=-1).clamp_min(typical / 2)
         error, allowed = (((each.double() - right).norm(dim=-1) / size).max() for each in (actual, peer))
         assert error <= 2 * allowed + floor, f"tensor {part}: relative error {error:.1e}, masked has {allowed:.1e}"
 
@@ -151,9 +156,12 @@ def test_a_cuda_graph_replays_on_new_values():
 
 
 def test_a_new_size_compiles_nothing():
-    from scale_dit_kernels import backward, forward, hopper
+    from scale_dit_kernels import backward, backward_shared, forward, hopper, hopper_backward
 
-    kernels = [forward._forward, forward._merge, hopper._forward, backward._query_gradients, backward._key_gradients]
+    kernels = [
+        forward._forward, forward._merge, backward_shared._prepare, backward._query_gradients, backward._key_gradients,
+        backward_shared._add_parts, hopper._forward, hopper_backward.query_gradients, hopper_backward.key_gradients,
+    ]  # fmt: skip
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

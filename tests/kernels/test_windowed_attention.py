@@ -24,8 +24,8 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-STREAM = re.compile(r"(Q|K|V|O|G|D|DK|DV)_")
-FLOATS = ("lse", "part_out", "part_lse", "delta", "parts", "key_parts", "value_parts")
+STREAM = re.compile(r"(Q|K|V|O|G|D|DQ|DK|DV)_")
+FLOATS = ("lse", "part_out", "part_lse", "log_sums", "deltas", "parts", "key_parts", "value_parts")
 INTEGERS = ("items", "entries", "reads", "image_places", "guidance_places", "merges", "work", "starts", "pairs")
 
 
@@ -106,34 +106,61 @@ def test_portable_kernels_compile_for_hopper_without_spills(module, name, blocks
     assert re.search(r"\b0 bytes spill stores", report), report
 
 
+def assemble_for_hopper(kernel, head_dim: int, stages: dict, folder: Path) -> tuple[str, str]:
+    """A kernel of the `hopper_` modules with bfloat16 streams, as `assemble` gives it."""
+    columns = 64
+    boxes, tiles = (gl.NVMMASharedLayout(128, 16, rank) for rank in (4, 2))
+    rows = gl.NVMMASharedLayout(0, 32, 2)
+    constants = {"HEAD_DIM": head_dim, "COLUMNS": columns, "BOX_LAYOUT": boxes, "TILE_LAYOUT": tiles, **stages}
+    if kernel.__name__ == "key_gradients":
+        constants["ROW_LAYOUT"] = rows
+    types, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif re.match(r"[qkvg]_", name):
+            types[name] = f"tensordesc<bf16[1, 64, 1, {columns}],{boxes!r}>"
+        elif name in ("log_sums", "deltas") and "ROW_LAYOUT" in constants:
+            types[name] = f"tensordesc<fp32[1, 64],{rows!r}>"
+        else:
+            pointers = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTEGERS, "*i32")
+            kind = "*bf16" if STREAM.match(name) else pointers.get(name)
+            types[name] = kind or ("fp32" if name in ("scale", "factor") else "i32")
+            if kind or re.match(r"(o|dq|dk|dv)_", name):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature=types, constexprs=constants, attrs=attributes)
+    return assemble(source, folder, num_warps=4, maxnreg=168)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_makes_weights_while_products_run_and_spills_nothing_then(head_dim, tmp_path):
     from scale_dit_kernels import hopper
 
-    columns = 64
-    layouts = [gl.NVMMASharedLayout(2 * columns, 16, rank) for rank in (4, 2)]
-    constants = {"HEAD_DIM": head_dim, "COLUMNS": columns, "STAGES": hopper.stages(head_dim)}
-    constants |= dict(zip(("BOX_LAYOUT", "TILE_LAYOUT"), layouts, strict=True))
-    types, attributes = {}, {}
-    for place, name in enumerate(hopper._forward.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-        elif re.match(r"[qkv]_", name):
-            types[name] = f"tensordesc<bf16[1, 64, 1, {columns}],{layouts[0]!r}>"
-        else:
-            pointers = (
-                {"O_text": "*bf16", "O_image": "*bf16"}
-                | dict.fromkeys(FLOATS, "*fp32")
-                | dict.fromkeys(INTEGERS, "*i32")
-            )
-            types[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
-            if name in pointers or name.startswith("o_"):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(hopper._forward, signature=types, constexprs=constants, attrs=attributes)
-    _, code = assemble(source, tmp_path, num_warps=4, maxnreg=168)
+    _, code = assemble_for_hopper(hopper._forward, head_dim, {"STAGES": hopper.stages(head_dim)}, tmp_path)
     # The first loop over wholly allowed tiles: between the wait for the logits and the wait for the output.
     body = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1].split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0]
     assert body.count("MUFU.EX2") >= 64
     assert "HGMMA" not in body
     assert len(re.findall(r"\b(?:STL|LDL)\b", body)) <= 2  # at the loop's end; none among the exponentials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["query_gradients", "key_gradients"])
+def test_products_of_hoppers_gradients_are_under_way_together(name, head_dim, tmp_path):
+    from scale_dit_kernels import hopper_backward
+
+    kernel, tile = getattr(hopper_backward, name), 64 * head_dim * 2
+    names, counts = (
+        (("K_STAGES", "V_STAGES"), hopper_backward.row_stages(tile))
+        if name == "query_gradients"
+        else (("KV_STAGES", "STAGES"), hopper_backward.column_stages(tile))
+    )
+    report, code = assemble_for_hopper(kernel, head_dim, dict(zip(names, counts, strict=True)), tmp_path)
+    assert "serialized" not in report, report
+    # The first loop over wholly allowed tiles, from its first product to its last wait.
+    products = code.split("HGMMA", 1)[1].split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    body = products[0] + (products[1] if name == "query_gradients" else "")
+    assert body.count("MUFU.EX2") >= 32
+    assert len(re.findall(r"\b(?:STL|LDL)\b", body)) <= 2

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from scale_dit_kernels.device import INTERPRETED, takes_kernels
 from scale_dit_kernels.reference import masked_attention, masked_attention_backward
-from scale_dit_kernels.schedule import GUIDANCE, IMAGE, TEXT, Schedule, TileLists, lay_out, packed
+from scale_dit_kernels.schedule import GUIDANCE, IMAGE, TEXT, Schedule, TileLists, packed
 from torch import Tensor
 
 from scale_dit.errors import UserError
@@ -181,15 +181,14 @@ def schedule(layout: Layout, device: torch.device, block_m: int, block_n: int, l
     tokens = (layout.text, layout.image.tokens, layout.guidance_tokens)
     lists = _tile_lists(layout, block_m, block_n)
     longest = longest or max(LONGEST, -(-sum(tokens) // (block_n * PARTS)))
-    columns = TileLists(lists.other, lists.owner, lists.is_full)
     reads = torch.cat([_bounds(layout, part) for part in ("keys", "guidance")])
     no_places = torch.zeros(1, dtype=torch.int32, device=device)
     return Schedule(
         block_m,
         block_n,
         tokens,
-        lay_out(lists, longest, device),
-        lay_out(columns, longest, device),
+        lists,
+        longest,
         reads[:, layout.image_order].to(device, torch.int32).contiguous(),
         _places(layout.image, layout.image_order).to(device),
         _places(layout.guidance, layout.guidance_order).to(device) if layout.guidance else no_places,
