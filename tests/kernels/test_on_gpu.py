@@ -108,13 +108,13 @@ def test_heads_before_tokens():
     check(layout, inputs)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break(dynamic):
-    layout = LAYOUTS["ragged"]
+@pytest.mark.parametrize(("backend", "dynamic"), [("triton", False), ("triton", True), ("auto", False)])
+def test_compiled_without_a_break(backend, dynamic):
+    layout = dataclasses.replace(LAYOUTS["ragged"], image=Grid(39, 44, 4))  # more than `auto` takes another for
     inputs = streams(layout, head_dim=128)
 
     def double(text, image, guidance):
-        return [2 * part for part in attend(text, image, guidance, layout, "triton")]
+        return [2 * part for part in attend(text, image, guidance, layout, backend)]
 
     compiled = torch.compile(double, fullgraph=True, dynamic=dynamic)
     for eager, traced in zip(double(*inputs), compiled(*inputs), strict=True):

@@ -164,3 +164,18 @@ def test_products_of_hoppers_gradients_are_under_way_together(name, head_dim, tm
     body = products[0] + (products[1] if name == "query_gradients" else "")
     assert body.count("MUFU.EX2") >= 32
     assert len(re.findall(r"\b(?:STL|LDL)\b", body)) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "blocks"),
+    [("forward", "_forward", TILES[2][0]), ("backward", "_query_gradients", TILES[2][1]),
+     ("backward", "_key_gradients", TILES[2][1])],
+)  # fmt: skip
+def test_portable_kernels_fit_into_the_shared_memory_of_desktop_cards(module, name, blocks):
+    kernel = getattr(__import__(f"scale_dit_kernels.{module}", fromlist=[name]), name)
+    constants = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "HEAD_DIM": 128, "PRECISION": "tf32"}
+    types, attributes = signature(kernel, constants)
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 89, 32), options={"num_warps": 4, "num_stages": 3})
+    assert compiled.metadata.shared <= 99 * 1024

@@ -65,6 +65,7 @@ def attend(
         ValueError: if a tensor's token count is not the layout's.
     """
     text, guidance, scale = _complete(text, image, guidance, layout, scale)
+    backend = resolve(backend, image[0].device, image[0].dtype, image[0].shape[-1], layout)
     if backend == "triton":
         return triton.attend(text, image, guidance, layout, scale)
     return _attend_eagerly(text, image, guidance, layout, backend, scale)
@@ -80,6 +81,7 @@ def attend_joined(
 ) -> Tensor:
     """As `attend`, as one tensor `[B, T + N, H, D]`, text rows first; backend `triton` copies nothing for that."""
     text, guidance, scale = _complete(text, image, guidance, layout, scale)
+    backend = resolve(backend, image[0].device, image[0].dtype, image[0].shape[-1], layout)
     if backend == "triton":
         return triton.attend_joined(text, image, guidance, layout, scale)
     return torch.cat(_attend_eagerly(text, image, guidance, layout, backend, scale), dim=1)
@@ -111,9 +113,6 @@ def _attend_eagerly(
     text: QueryKeyValue, image: QueryKeyValue, guidance: KeyValue, layout: Layout, backend: str, scale: float
 ) -> tuple[Tensor, Tensor]:
     query = image[0]
-    if backend == "auto":
-        backend, reason = choose_backend(query.device, query.dtype, layout)
-        _say(backend, reason)
     module = _module(backend)
     if problem := module.unavailable(query.device, query.dtype):
         raise UserError(f"Attention backend '{backend}' cannot run here: {problem}")
@@ -125,16 +124,30 @@ def backends() -> list[str]:
     return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if not name.startswith("_"))
 
 
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, head_size: int, layout: Layout) -> str:
+    """The backend that a name stands for: its own, or what `auto` takes for these inputs; under autocast, as cast."""
+    if backend != "auto":
+        return backend
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    backend, reason = choose_backend(device, dtype, head_size, layout)
+    if not torch.compiler.is_compiling():
+        _say(backend, reason)
+    return backend
+
+
 @cache
 def _say(backend: str, reason: str) -> None:
     """Once for each choice."""
     log.info("attention: %s (%s); attention=<name> takes another", backend, reason)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, layout: Layout) -> tuple[str, str]:
+def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, layout: Layout) -> tuple[str, str]:
     """The backend that `auto` takes for these inputs, and why."""
     if layout.image.tokens <= SMALL_PICTURE:
         return "masked", f"fastest up to {SMALL_PICTURE} image tokens: one call instead of one for each kind of window"
+    if dtype in triton.FAST_DTYPES and head_size in triton.FAST_HEAD_SIZES and triton.has_fast_gpu(device):
+        return "triton", "the fastest by experiments/kernel, and needs the least memory"
     return "sdpa", "reads what the windows hold and no more, on every device"
 
 

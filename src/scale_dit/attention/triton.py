@@ -22,6 +22,8 @@ from scale_dit.layout import Layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)
+FAST_DTYPES = (torch.float16, torch.bfloat16)
+FAST_HEAD_SIZES = (32, 64, 128)
 HAS_TRITON = find_spec("triton") is not None
 LONGEST, PARTS = 128, 9
 """Lists of up to LONGEST tiles are one program's. Longer ones, which are those of the text, are split, but into no more
@@ -37,6 +39,14 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the Triton kernel does not compute in {dtype}; use 'reference' or 'sdpa'."
     return None
+
+
+@torch.compiler.assume_constant_result
+def has_fast_gpu(device: torch.device) -> bool:
+    """Whether the kernels run on this device, and on a GPU that they are fast on: NVIDIA's, from Ampere."""
+    if not HAS_TRITON or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:

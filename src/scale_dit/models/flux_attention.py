@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from scale_dit_kernels.rotation import norm_rotate
 from torch import Tensor, nn
 
-from scale_dit.attention import QueryKeyValue, attend, attend_joined
+from scale_dit.attention import QueryKeyValue, attend, attend_joined, resolve
 from scale_dit.attention.triton import HEAD_SIZES
 from scale_dit.layout import Layout
 
@@ -60,14 +60,17 @@ class LayoutAttnProcessor:
         if image_rotary_emb is None:
             raise ValueError("FLUX's attention needs rotary embeddings")
         length = block_attention.layout.text
-        fused = fuses(block_attention.backend)
+        backend = resolve(
+            block_attention.backend, hidden_states.device, hidden_states.dtype, attn.head_dim, block_attention.layout
+        )
+        fused = fuses(backend)
         text, image = _text_and_image(attn, hidden_states, encoder_hidden_states, image_rotary_emb, length, fused)
         if block_attention.recorded == []:
             block_attention.recorded.append((image[1], image[2]))
         streams = text, image, block_attention.guidance
         if encoder_hidden_states is None:
-            return attend_joined(*streams, block_attention.layout, block_attention.backend).flatten(2)
-        text_out, image_out = attend(*streams, block_attention.layout, block_attention.backend)
+            return attend_joined(*streams, block_attention.layout, backend).flatten(2)
+        text_out, image_out = attend(*streams, block_attention.layout, backend)
         return attn.to_out[1](attn.to_out[0](image_out.flatten(2))), attn.to_add_out(text_out.flatten(2))
 
 
