@@ -224,13 +224,24 @@ def test_flex_refuses_dtypes_that_it_would_not_run():
         attend(*random_inputs(SQUARE), SQUARE, "flex")
 
 
-def test_auto_takes_an_exact_backend_and_says_why():
-    for side, expected in ((16, "masked"), (64, "sdpa")):
-        layout = dataclasses.replace(SQUARE, image=Grid(side, side, 4))
-        backend, reason = choose_backend(torch.device("cpu"), torch.float32, layout)
-        assert backend == expected
-        assert backend in backends()
-        assert reason
+@pytest.mark.parametrize(
+    ("side", "dtype", "head_size", "has_gpu", "expected"),
+    [
+        (16, torch.float32, 128, False, "masked"),
+        (64, torch.float32, 128, False, "sdpa"),
+        (16, torch.bfloat16, 128, True, "masked"),
+        (64, torch.bfloat16, 128, True, "triton"),
+        (64, torch.float32, 128, True, "sdpa"),
+        (64, torch.float16, 80, True, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_exact_backend_and_says_why(side, dtype, head_size, has_gpu, expected, monkeypatch):
+    monkeypatch.setattr(attention.triton, "has_fast_gpu", lambda device: has_gpu)
+    layout = dataclasses.replace(SQUARE, image=Grid(side, side, 4))
+    backend, reason = choose_backend(torch.device("cpu"), dtype, head_size, layout)
+    assert backend == expected
+    assert backend in backends()
+    assert reason
 
 
 def test_auto_says_once_what_it_took_and_why(caplog):

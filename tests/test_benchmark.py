@@ -1,17 +1,26 @@
-"""What the benchmark trusts: exact rows, the gate in front of the clock, and clear refusals."""
+"""What the benchmark trusts: exact rows and gradients, the gate before the clock, the clock, and clear refusals."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import pytest
 import torch
-from test_attention import LAYOUTS, random_inputs
+from test_attention import LAYOUTS, SQUARE, random_inputs
 
 from scale_dit.attention import attend
-from scale_dit.benchmark.attention import TOLERANCE, AttentionBenchmark, Case, gate, measures
-from scale_dit.benchmark.exact import text_rows, window_rows
+from scale_dit.attention._dense import dense
+from scale_dit.benchmark.attention import AttentionBenchmark
+from scale_dit.benchmark.contestants import Case, Contestant
+from scale_dit.benchmark.exact import dense_rows, window_rows, worst_run
+from scale_dit.benchmark.gate import GRADIENT_TOLERANCE, TOLERANCE, Errors, errors, gradient_error, output_error
+from scale_dit.benchmark.roofline import Card, Work, measures, work_of
 from scale_dit.benchmark.rotation import TOLERANCE as ROTATION_TOLERANCE
 from scale_dit.benchmark.rotation import relative_error
+from scale_dit.benchmark.timing import Times, interleaved
 from scale_dit.errors import UserError
+from scale_dit.tiles import padded
 
 SETTINGS = {
     "sizes": [1024], "patterns": ["disjoint"], "orders": ["window"], "backends": ["triton"], "passes": ["forward"],
@@ -30,25 +39,89 @@ def test_exact_rows_are_those_of_the_reference(case):
     for group in range(len(case.layout.groups())):
         rows, exact = window_rows(case.text, case.image, case.guidance, case.layout, group, -1)
         torch.testing.assert_close(image_out[:, rows], exact)
-    torch.testing.assert_close(text_out[:, -4:, 1:2], text_rows(case.text, case.image, slice(-4, None), head=1))
+    torch.testing.assert_close(text_out[:, -4:, 1:2], dense_rows(case.text[0][:, -4:], case.text, case.image, head=1))
 
 
 def test_the_gate_lets_the_right_result_through_and_no_other(case):
     right = attend(case.text, case.image, case.guidance, case.layout, "reference")
-    assert gate(case, right) < 1e-12
+    assert output_error(case, right) < 1e-12
     last_window = case.layout.groups()[-1].queries[-1]
     for part, row in ((0, -1), (1, last_window[-1])):
         wrong = [output.clone() for output in right]
         wrong[part][:, row] *= 1.1
-        assert gate(case, tuple(wrong)) > TOLERANCE
+        assert output_error(case, wrong) > TOLERANCE
         wrong[part][:, row] = torch.nan
-        assert not gate(case, tuple(wrong)) <= TOLERANCE
+        assert Errors(output_error(case, wrong), None).problem
+
+
+def test_the_gate_looks_at_every_gradient(case):
+    right = case.contestant("reference").run(with_gradients=True)[1]
+    assert gradient_error(case, "reference", right) < 1e-10
+    for part in range(len(right)):
+        for head in (0, -1):
+            wrong = [gradient.clone() for gradient in right]
+            wrong[part][:, -3:, head] *= 1.2
+            assert gradient_error(case, "reference", wrong) > GRADIENT_TOLERANCE
+        wrong[part][0, 0, 0, 0] = torch.nan
+        assert Errors(0.0, gradient_error(case, "reference", wrong)).problem == "gradients are wrong by nan"
+
+
+def test_a_column_that_misses_one_tile_of_queries_is_seen():
+    """The backward pass of one text tile's keys leaves out the queries of one window in 64."""
+    layout = dataclasses.replace(SQUARE, text=64, image=dataclasses.replace(SQUARE.image, height=64, width=64))
+    case = Case(layout, *random_inputs(layout))
+    _, right = case.contestant("sdpa").run(with_gradients=True)
+    upstream = case.upstream[1].clone()
+    upstream[:, layout.groups()[0].queries[1]] = 0
+    without = torch.autograd.grad(case.contestant("sdpa").forward(), case.text[1], (case.upstream[0], upstream))
+    wrong = [right[0], *without, *right[2:]]
+    assert gradient_error(case, "sdpa", right) < 1e-10
+    assert gradient_error(case, "sdpa", wrong) > GRADIENT_TOLERANCE
+
+
+def test_dense_attention_is_checked_as_such(case):
+    query, key, value = case.joined_dense
+    output = dense(query, key, value, query.shape[-1] ** -0.5)
+    assert errors(case, "dense_cudnn", [output], []).outputs < 1e-12
+    wrong = output.clone()
+    wrong[:, -1] = 0
+    assert errors(case, "dense_cudnn", [wrong], []).problem
+
+
+def test_gradients_of_joined_streams_come_apart_right(case):
+    """Whatever a kernel does with joined streams: here the reference reads slices of them."""
+    layout, joined = case.layout, case.joined
+    scale = joined.query.shape[-1] ** -0.5
+    sizes = [layout.text, layout.image.tokens, layout.guidance_tokens]
+
+    def forward() -> tuple:
+        keys, values = (
+            [part[:, :tokens] for part, tokens in zip(whole.split([*map(padded, sizes)], dim=1), sizes, strict=True)]
+            for whole in (joined.key, joined.value)
+        )
+        query = joined.query[:, : layout.image.tokens]
+        text, image = ((each, keys[place], values[place]) for place, each in enumerate((case.text[0], query)))
+        _, image_out = attend(text, image, (keys[2], values[2]), layout, "reference")
+        return dense(joined.text_query, joined.text_key, joined.text_value, scale), image_out
+
+    contestant = Contestant(forward, joined, lambda: case.upstream)
+    outputs, gradients = contestant.run(with_gradients=True)
+    assert output_error(case, outputs) < 1e-12
+    assert gradient_error(case, "flex_joined", gradients) < 1e-10
+
+
+def test_errors_of_neighbours_are_not_drowned_by_the_rest():
+    right = torch.randn(1, 640, 1, 16, dtype=torch.float64)
+    wrong = right.clone()
+    wrong[:, 128:192] *= 1.5
+    assert worst_run(wrong, right) == pytest.approx(0.5)
+    assert worst_run(right[:, :0], right[:, :0]) == 0
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"backends": ["fast"]}, "unknown backend 'fast': use one of .*triton.*dense_cudnn"),
+        ({"backends": ["fast"]}, "unknown backend 'fast': use one of .*triton.*flex_joined.*dense_cudnn"),
         ({"patterns": ["paper"]}, "unknown pattern 'paper': use one of disjoint, official"),
         ({"passes": ["backward"]}, "unknown pass 'backward': use one of forward, forward_backward"),
     ],
@@ -70,6 +143,44 @@ def test_errors_of_the_rotation_are_seen():
     assert not relative_error(right * torch.nan, right) <= ROTATION_TOLERANCE
 
 
-def test_a_row_says_rate_and_share():
-    row = measures([2.0, 1.0, 4.0], flops=1e12, gemm=1e15)
-    assert (row["p50_ms"], row["tflops"], row["share_of_gemm"], row["rounds"]) == ("2.0000", "500.0", "0.500", 3)
+def test_work_counts_what_is_read_and_written_once():
+    rows, keys, width = 5 + 256, 5 + 256 + 64, 2 * 3 * 8  # bytes of one token: bfloat16, 3 heads of 8
+    forward = work_of(SQUARE, 3, 8, is_dense=False, with_gradients=False)
+    assert forward.flops == SQUARE.flops(3, 8)
+    assert forward.bytes == 2 * width * (rows + keys) + 4 * 3 * rows
+    both = work_of(SQUARE, 3, 8, is_dense=False, with_gradients=True)
+    assert both.flops == 3.5 * forward.flops
+    assert both.bytes - forward.bytes == 4 * width * (rows + keys) + 4 * 3 * rows
+    dense_work = work_of(SQUARE, 3, 8, is_dense=True, with_gradients=False)
+    assert dense_work.flops == 4 * rows**2 * 3 * 8
+    assert dense_work.bytes == 4 * width * rows + 4 * 3 * rows
+
+
+def test_a_row_says_rates_and_what_the_card_could_do():
+    times = Times([2.0, 1.0, 4.0], [0.1, 0.3, 0.2])
+    row = measures(times, Work(flops=1e12, bytes=2e9), Card(flops=1e15, bytes=1e12))
+    assert (row["p50_ms"], row["host_ms"], row["rounds"]) == ("2.0000", "0.2000", 3)
+    assert (row["tflops"], row["share_of_gemm"], row["flop_per_byte"]) == ("500.0", "0.500", "500")
+    assert row["roofline_ms"] == "2.0000"  # the bytes
+    assert Work(flops=1e13, bytes=2e9).least_ms(Card(flops=1e15, bytes=1e12)) == pytest.approx(10)
+
+
+@pytest.mark.gpu
+def test_the_clock_does_not_count_pythons_time():
+    data = torch.zeros(1024, device="cuda")
+
+    def slow_to_launch() -> None:
+        data.add_(1)
+        time.sleep(0.01)
+        data.add_(1)
+
+    times = interleaved({"slow": slow_to_launch}, rounds=5)["slow"]
+    assert max(times.device) < 1
+    assert min(times.host) > 9
+
+
+@pytest.mark.gpu
+def test_a_call_that_takes_long_is_stopped():
+    times = interleaved({"long": lambda: torch.cuda._sleep(10**8), "short": lambda: None}, 10, longest_seconds=0.1)
+    assert len(times["long"].device) < 5
+    assert len(times["short"].device) == 10

@@ -5,13 +5,12 @@ python experiments/orders/run.py        half a minute on two cores
 
 from __future__ import annotations
 
-import re
 from itertools import product
 from pathlib import Path
 
 from scale_dit.benchmark.attention import HALOS
 from scale_dit.evaluation.figures import record_figure
-from scale_dit.evaluation.studies import add_rows
+from scale_dit.evaluation.studies import add_rows, fill_table
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 
@@ -42,18 +41,15 @@ def count(size: str, order: str, window: int, pattern: str, tile: tuple[int, int
 
 def write_table(rows: list[dict[str, object]]) -> None:
     """Put the kernel's tile between the marks in README.md: a row for each window and pattern."""
-    lines = ["| size | window | pattern | " + " | ".join(ORDERS) + " |", "|---" * (len(ORDERS) + 3) + "|"]
+    lines = []
     for size, window, pattern in product(SIZES, WINDOWS, HALOS):
         cells = []
         for order in ORDERS:
             (row,) = (row for row in rows if [row[key] for key in KEYS] == [size, order, window, pattern, *KERNEL_TILE])
             partial = int(str(row["visited"])) - int(str(row["full"]))
             cells.append(f"{row['visited']:,} ({partial:,} masked), {float(str(row['wanted_share'])):.0%}")
-        lines.append(f"| {size} | {window} | {pattern} | " + " | ".join(cells) + " |")
-    readme = HERE / "README.md"
-    pattern, table = r"(<!-- table -->\n).*?(<!-- /table -->)", "\n".join(lines)
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(re.sub(pattern, rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL), encoding="utf-8")
+        lines.append([size, str(window), pattern, *cells])
+    fill_table(HERE / "README.md", ["size", "window", "pattern", *ORDERS], lines)
 
 
 def plot(rows: list[dict[str, object]]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from scale_dit.data.parser import SceneScore, parse, score, summarise
 from scale_dit.data.scenes import render, sample_scene
 from scale_dit.evaluation.figures import record_figure
 from scale_dit.evaluation.intervals import wilson
+from scale_dit.evaluation.studies import fill_table
 from scale_dit.provenance import commit, machine
 
 HERE = Path(__file__).parent
@@ -66,16 +66,12 @@ def write_results(rows: list[dict[str, object]]) -> None:
 def write_table(rows: list[dict[str, object]]) -> None:
     """Put the results between the marks in README.md."""
     header = ["resolution (px)", "blur sigma", "noise sigma", *(f"{name} %" for name in ACCURACIES), "pictures"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
     for row in rows:
         shares = (f"{100 * float(str(row[name])):.1f}" for name in ACCURACIES)
-        cells = [str(row["resolution"]), f"{row['blur_sigma']:g}", f"{row['noise_sigma']:g}", *shares, str(row["n"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    table = "\n".join(lines)
-    text = re.sub(r"(<!-- table -->\n).*?(<!-- /table -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+        settings = (str(row["resolution"]), f"{row['blur_sigma']:g}", f"{row['noise_sigma']:g}")
+        lines.append([*settings, *shares, str(row["n"])])
+    fill_table(HERE / "README.md", header, lines)
 
 
 def record_clean(side: int, scores: list[SceneScore]) -> None:

@@ -10,10 +10,10 @@ import argparse
 import csv
 import datetime
 import json
-import re
 from pathlib import Path
 
 from scale_dit.evaluation.figures import FigureRow, figures_file, merge_rows, rounded
+from scale_dit.evaluation.studies import fill_table
 
 HERE = Path(__file__).parent
 METRICS = ("count", "colour", "place", "detail", "count_retention")
@@ -65,19 +65,12 @@ def figure(row: dict[str, str], where: dict[str, str], date: str) -> FigureRow |
 def write_table(rows: list[dict[str, str]]) -> None:
     """Put the results between the marks in README.md."""
     values = {(row["arm"], row["metric"]): row for row in rows}
-    lines = [
-        "| arm | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |",
-        "|---" * (len(METRICS) + 1) + "|",
-    ]
+    lines = []
     for arm, label in ARMS.items():
         cells = [values.get((arm, metric)) for metric in METRICS]
         if any(cells):
-            lines.append(f"| {label} | " + " | ".join(cell_text(cell) for cell in cells) + " |")
-    readme = HERE / "README.md"
-    pattern, table = r"(<!-- table -->\n).*?(<!-- /table -->)", "\n".join(lines)
-    readme.write_text(
-        re.sub(pattern, rf"\g<1>{table}\n\g<2>", readme.read_text(encoding="utf-8"), flags=re.DOTALL), encoding="utf-8"
-    )
+            lines.append([label, *map(cell_text, cells)])
+    fill_table(HERE / "README.md", ["arm", *(metric.replace("_", " ") for metric in METRICS)], lines)
 
 
 def cell_text(cell: dict[str, str] | None) -> str:

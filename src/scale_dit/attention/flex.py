@@ -1,7 +1,8 @@
 """FlexAttention: one fused kernel over the tiles that the layout visits.
 
 Text rows go to a dense kernel: few queries over very many keys crash FlexAttention (pytorch#174923). Its kernels want
-lengths in multiples of 128, so keys, values and, where needed, queries are padded.
+lengths in multiples of 128 (pytorch#153799), so queries, keys and values are padded where they have others. Where no
+tile of 128 x 64 needs a mask, it gets these and no mask, which it would have to look up for each element.
 """
 
 from __future__ import annotations
@@ -12,13 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from scale_dit.attention._dense import join, text_rows
+from scale_dit.attention._dense import text_rows
+from scale_dit.attention._joined import HALF_BLOCK, Joined, join_streams, lists_of, needs_no_mask
 from scale_dit.errors import UserError
 from scale_dit.layout import Layout
-from scale_dit.tiles import padded
+from scale_dit.tiles import FLEX_BLOCK
 
 MAX_LAYOUTS = 64
 """Layouts that are compiled in one process; beyond it torch would silently run the unfused formula."""
+
+SETTINGS: tuple[dict[str, int], ...] = (
+    {},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "fwd_num_warps": 4, "BLOCK_M2": 128},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "fwd_num_warps": 4},
+    {"side": 128},
+    {"side": 128, "BLOCK_M": 128, "BLOCK_N": 64, "fwd_num_warps": 8},
+)
+"""Settings of `attend_to` that a benchmark tries."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -36,31 +47,42 @@ def attend(text: tuple, image: tuple, guidance: tuple, layout: Layout, scale: fl
     Raises:
         UserError: if a gradient is wanted on a CPU, where FlexAttention has none.
     """
-    device = image[0].device
     needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (*text, *image, *guidance))
-    if device.type == "cpu" and needs_gradient:
+    if image[0].device.type == "cpu" and needs_gradient:
         raise UserError("Attention backend 'flex' has no gradient on a CPU: use 'sdpa', or torch.no_grad().")
+    return attend_to(join_streams(text, image, guidance), layout, scale)
 
-    key, value = (join(*map(_pad, parts)) for parts in zip(text[1:], image[1:], guidance, strict=True))
-    query, keys, values = (part.transpose(1, 2) for part in (_pad(image[0]), key, value))
+
+def attend_to(
+    streams: Joined, layout: Layout, scale: float, side: int | None = None, **options: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs of the text rows and of the image rows, `[B, tokens, H, D]`, over streams that are joined already.
+
+    Args:
+        streams, layout, scale: what `attend` takes, joined.
+        side: keys of a tile of the layout: 128, or 64 where the layout then needs no mask; 64 by default where it can.
+        options: of FlexAttention's kernels, such as `BLOCK_M`.
+    """
+    side = side or (HALF_BLOCK if needs_no_mask(layout) else FLEX_BLOCK)
+    if side == HALF_BLOCK:  # the kernels' own tiles may be larger
+        options = dict.fromkeys(("BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), HALF_BLOCK) | options
+    query, key, value = (part.transpose(1, 2) for part in (streams.query, streams.key, streams.value))
+    mask = _block_mask(layout, side, query.device)
     with torch._dynamo.config.patch(recompile_limit=MAX_LAYOUTS):
-        output = _compiled()(query, keys, values, block_mask=_block_mask(layout, device), scale=scale)
+        output = _compiled()(query, key, value, block_mask=mask, scale=scale, kernel_options=options or None)
     image_out = output.transpose(1, 2)[:, : layout.image.tokens]
-
-    if padded(layout.text) > layout.text:
-        key, value = join(text[1], image[1]), join(text[2], image[2])
-    return text_rows(text[0], key, value, layout, scale), image_out
-
-
-def _pad(stream: Tensor) -> Tensor:
-    """`[B, tokens, H, D]` with zero tokens up to the next multiple of 128."""
-    missing = padded(stream.shape[1]) - stream.shape[1]
-    return torch.cat([stream, stream.new_zeros(len(stream), missing, *stream.shape[2:])], dim=1) if missing else stream
+    return text_rows(streams.text_query, streams.text_key, streams.text_value, layout, scale), image_out
 
 
 @lru_cache(maxsize=32)
-def _block_mask(layout: Layout, device: torch.device) -> BlockMask:
-    return layout.block_mask(device)
+def _block_mask(layout: Layout, side: int, device: torch.device) -> BlockMask:
+    if side == FLEX_BLOCK:
+        return layout.block_mask(device)
+    tiles = layout.tiles(FLEX_BLOCK, side)
+    width = sum(tiles.streams)
+    lists = lists_of(tiles.query.to(device), tiles.key.to(device), tiles.query_tiles, width)
+    lengths = (tiles.query_tiles * FLEX_BLOCK, width * side)
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=(FLEX_BLOCK, side), seq_lengths=lengths)
 
 
 @cache

@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from scale_dit.attention import attend, backends
-from scale_dit.benchmark.exact import text_rows, window_rows
-from scale_dit.benchmark.timing import gemm_rate, interleaved, need_gpu, percentiles
+from scale_dit.attention import backends
+from scale_dit.benchmark import gate
+from scale_dit.benchmark.contestants import DENSE, JOINED, Case, Contestant, settings_of
+from scale_dit.benchmark.roofline import Card, measures, work_of
+from scale_dit.benchmark.timing import interleaved, median, need_gpu
 from scale_dit.errors import UserError
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 
 HALOS = {"disjoint": 0, "official": 8}
-DENSE = {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION}
 TOKEN_PX, CELL, WINDOW, SCALE = 16, 8, 16, 4
-TOLERANCE = 6e-3
-"""Relative error of bfloat16 attention against float64 that passes the gate."""
 KEYS = ("px", "pattern", "order", "backend", "pass")
+TRIAL_ROUNDS = 3
 
 
-@dataclass
-class Case:
-    """One layer: streams and who reads whom."""
-
-    layout: Layout
-    text: tuple[Tensor, Tensor, Tensor]
-    image: tuple[Tensor, Tensor, Tensor]
-    guidance: tuple[Tensor, Tensor]
-
-    def run(self, backend: str, with_gradients: bool) -> tuple[Tensor, Tensor]:
-        """One call; with gradients of everything that goes in."""
-        outputs = self._dense(DENSE[backend]) if backend in DENSE else self._sparse(backend)
-        if with_gradients:
-            leaves = [*self.text, *self.image, *(() if backend in DENSE else self.guidance)]
-            torch.autograd.grad(outputs, leaves, outputs)
-        return outputs
-
-    def _sparse(self, backend: str) -> tuple[Tensor, Tensor]:
-        return attend(self.text, self.image, self.guidance, self.layout, backend)
-
-    def _dense(self, kernel: SDPBackend) -> tuple[Tensor, Tensor]:
-        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(self.text, self.image, strict=True))
-        with sdpa_kernel(kernel):
-            output = scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        text_out, image_out = output.split([self.layout.text, self.layout.image.tokens], dim=1)
-        return text_out, image_out
+def layout_of(px: int, pattern: str, order: str, text: int) -> Layout:
+    """Who reads whom in a picture of `px` x `px` with a quarter of its sides as draft."""
+    side = px // TOKEN_PX
+    return Layout(
+        text, Grid(side, side, CELL), Grid(side // SCALE, side // SCALE, CELL),
+        window=WINDOW, halo=HALOS[pattern], order=order,
+    )  # fmt: skip
 
 
 @dataclass
@@ -75,10 +54,11 @@ class AttentionBenchmark:
     heads: int
     head_dim: int
     text: int
+    _settings: dict[tuple[str, str, str, str], dict[str, int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for given, allowed, name in (
-            (self.backends, [*backends(), *DENSE], "backend"),
+            (self.backends, [*backends(), *JOINED, *DENSE], "backend"),
             (self.patterns, list(HALOS), "pattern"),
             (self.passes, ["forward", "forward_backward"], "pass"),
         ):
@@ -92,32 +72,45 @@ class AttentionBenchmark:
             UserError: there is no CUDA GPU.
         """
         need_gpu()
-        gemm = gemm_rate()
-        print(f"{torch.cuda.get_device_name()}: bf16 matrix product {gemm / 1e12:.0f} TFLOP/s", flush=True)
+        card = Card.measured()
+        print(
+            f"{torch.cuda.get_device_name()}: bf16 matrix product {card.flops / 1e12:.0f} TFLOP/s, "
+            f"copy {card.bytes / 1e9:.0f} GB/s",
+            flush=True,
+        )
         too_long: set[tuple[str, str]] = set()
-        for px, pattern, order in product(self.sizes, self.patterns, self.orders):
-            case = self.case(px, pattern, order)
-            for kind in self.passes:
-                chosen = [each for each in self.backends if (each, kind) not in too_long]
-                calls = self._ready(case, chosen, kind == "forward_backward")
-                for backend, milliseconds in interleaved(calls, self.rounds, self.longest_seconds).items():
-                    if milliseconds[0] > 1000 * self.longest_seconds:
-                        too_long.add((backend, kind))
-                    flops = self._flops(case.layout, backend) * (3.5 if kind == "forward_backward" else 1)
-                    row = dict(zip(KEYS, (px, pattern, order, backend, kind), strict=True))
-                    row |= measures(milliseconds, flops, gemm)
-                    print(*row.values(), flush=True)
-                    add_rows(table, [row], KEYS)
-            del case
+        for px, pattern, order, kind in product(self.sizes, self.patterns, self.orders, self.passes):
+            names = [each for each in self.backends if (each, kind) not in too_long]
+            for name, row, seconds in self._rows((px, pattern, order, kind), names, card):
+                if seconds > self.longest_seconds:
+                    too_long.add((name, kind))
+                print(*row.values(), flush=True)
+                add_rows(table, [row], KEYS)
+            torch._dynamo.reset()  # what comes next would be looked up behind what was compiled for this
             torch.cuda.empty_cache()
+
+    def _rows(
+        self, key: tuple[int, str, str, str], names: Sequence[str], card: Card
+    ) -> list[tuple[str, dict[str, object], float]]:
+        """Names, rows and first times in seconds of those that ran."""
+        px, pattern, order, kind = key
+        case, with_gradients = self.case(px, pattern, order), kind == "forward_backward"
+        ready = self._ready(case, (pattern, order, kind), names)
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(contestant.run, with_gradients) for name, (contestant, _) in ready.items()
+        }
+        rows = []
+        for name, times in interleaved(calls, self.rounds, self.longest_seconds).items():
+            contestant, columns = ready[name]
+            work = work_of(case.layout, self.heads, self.head_dim, name in DENSE, with_gradients)
+            row: dict[str, object] = dict(zip(KEYS, (px, pattern, order, name, kind), strict=True))
+            row |= measures(times, work, card) | columns | {"settings": contestant.settings}
+            rows.append((name, row, times.device[0] / 1000))
+        return rows
 
     def case(self, px: int, pattern: str, order: str) -> Case:
         """Random streams of a picture of `px` x `px`, each stream packed as a projection would leave it."""
-        side = px // TOKEN_PX
-        layout = Layout(
-            self.text, Grid(side, side, CELL), Grid(side // SCALE, side // SCALE, CELL),
-            window=WINDOW, halo=HALOS[pattern], order=order,
-        )  # fmt: skip
+        layout = layout_of(px, pattern, order, self.text)
         generator = torch.Generator("cuda").manual_seed(0)
 
         def stream(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,48 +121,71 @@ class AttentionBenchmark:
 
         return Case(layout, stream(layout.text), stream(layout.image.tokens), stream(layout.guidance_tokens)[1:])
 
-    def _ready(self, case: Case, chosen: Sequence[str], with_gradients: bool) -> dict[str, Callable[[], object]]:
-        """Calls whose outputs passed the gate and that run here, warm; why the others do not is printed."""
-        calls: dict[str, Callable[[], object]] = {}
-        for backend in chosen:
-            call = partial(case.run, backend, with_gradients)
+    def _ready(
+        self, case: Case, kind: tuple[str, str, str], names: Sequence[str]
+    ) -> dict[str, tuple[Contestant, dict[str, str]]]:
+        """Contestants that run here and passed the gate, warm, with their errors and memory as columns.
+
+        `extra_mib` is the most that is allocated at a time beside what there was before, outputs and gradients: the
+        log-sum-exp is in it, and so are tables of the layout that the first call makes and the others find.
+
+        Why the others do not run is printed.
+        """
+        ready: dict[str, tuple[Contestant, dict[str, str]]] = {}
+        with_gradients = kind[-1] == "forward_backward"
+        if with_gradients:
+            _ = case.exact_gradients, case.joined_upstream  # now, so that their memory is nobody's
+        for name in names:
             try:
-                with torch.set_grad_enabled(with_gradients):
-                    outputs = call()
-                if backend not in DENSE and not (error := gate(case, outputs)) <= TOLERANCE:
-                    print(f"{backend} is wrong by {error:.1e} and is not timed", flush=True)
-                    continue
-            except (UserError, RuntimeError) as problem:  # out of memory is a RuntimeError
-                print(f"{backend} does not run: {str(problem).splitlines()[0][:200]}", flush=True)
+                contestant = case.contestant(name, self._fastest(case, kind, name))
+                held = torch.cuda.memory_allocated()
+                outputs, gradients = contestant.run(with_gradients)
+                errors = gate.errors(case, name, outputs, gradients)
+                problem = errors.problem
+                held += sum(part.nbytes for part in (*outputs, *gradients))
+                del outputs, gradients
+                if problem is None:
+                    extra = _peak(partial(contestant.run, with_gradients)) - held
+                    ready[name] = contestant, {"extra_mib": f"{extra / 2**20:.1f}"} | errors.columns
+            except Exception as error:  # whatever a library raises where it does not run, and no memory
+                problem = _first_line(error)
+            if problem:
+                print(f"{name} is not timed: {problem}", flush=True)
                 torch.cuda.empty_cache()
-                continue
-            calls[backend] = torch.enable_grad()(call) if with_gradients else torch.no_grad()(call)
-        return calls
+        return ready
 
-    def _flops(self, layout: Layout, backend: str) -> float:
-        if backend in DENSE:
-            return 4 * (layout.text + layout.image.tokens) ** 2 * self.heads * self.head_dim
-        return layout.flops(self.heads, self.head_dim)
+    def _fastest(self, case: Case, kind: tuple[str, str, str], name: str) -> dict[str, int]:
+        """The fastest of a contestant's settings, tried out at the first size that comes and kept for the others.
+
+        Raises:
+            UserError: it does not run here, whatever the settings.
+        """
+        key = (name, *kind)
+        if len(settings_of(name)) > 1 and key not in self._settings:
+            tried: list[tuple[float, dict[str, int]]] = []
+            for settings in settings_of(name):
+                try:
+                    call = partial(case.contestant(name, settings).run, kind[-1] == "forward_backward")
+                    tried.append((median(interleaved({"call": call}, TRIAL_ROUNDS)["call"].device), settings))
+                except UserError:
+                    raise
+                except Exception as error:
+                    print(f"{name} {settings} does not run: {_first_line(error)}", flush=True)
+                else:
+                    print(f"{name} {settings}: {tried[-1][0]:.3f} ms", flush=True)
+            self._settings[key] = min(tried, key=lambda trial: trial[0])[1] if tried else {}
+        return self._settings.get(key, {})
 
 
-@torch.no_grad()
-def gate(case: Case, outputs: tuple[Tensor, Tensor]) -> float:
-    """Largest relative error against float64, of three windows of every kind there is and of the last text rows."""
-    errors = []
-    for group, windows in enumerate(case.layout.groups()):
-        for window in (0, len(windows.queries) // 2, -1):
-            rows, right = window_rows(case.text, case.image, case.guidance, case.layout, group, window)
-            errors.append((outputs[1][:, rows].double() - right).norm() / right.norm())
-    right = text_rows(case.text, case.image, slice(-8, None), head=1)
-    errors.append((outputs[0][:, -8:, 1:2].double() - right).norm() / right.norm())
-    return float(torch.stack(errors).max())
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if isinstance(error, UserError) else f"{type(error).__name__}: {''.join(lines[:1])[:200]}"
 
 
-def measures(milliseconds: Sequence[float], flops: float, gemm: float) -> dict[str, object]:
-    """Percentiles, rate, and the share of the rate of a large matrix product."""
-    found = percentiles(milliseconds)
-    rate = flops / float(found["p50_ms"]) * 1e3
-    return found | {
-        "tflop": f"{flops / 1e12:.4f}", "tflops": f"{rate / 1e12:.1f}", "share_of_gemm": f"{rate / gemm:.3f}",
-        "rounds": len(milliseconds),
-    }  # fmt: skip
+def _peak(call: Callable[[], object]) -> int:
+    """Most bytes that are allocated at a time during a call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()

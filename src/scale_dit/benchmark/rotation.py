@@ -63,8 +63,8 @@ class RotationBenchmark:
             calls = {name: _call(make, query, kind) for name, make in implementations.items()}
             with torch._dynamo.config.patch(recompile_limit=64):  # beyond it `compiled` would silently be eager
                 measured = interleaved(calls, self.rounds)
-            for name, milliseconds in measured.items():
-                times = percentiles(milliseconds)
+            for name, found in measured.items():
+                times = percentiles(found)
                 moved = query.numel() * 2 * (2 if kind == "forward" else 5)
                 row = dict(zip(KEYS, (px, name, kind), strict=True)) | times
                 row |= {"gb_per_s": f"{moved / float(times['p50_ms']) / 1e6:.0f}", "rounds": self.rounds}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -55,6 +56,30 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, object]], keys: Sequence[st
     replaced = {tuple(row[key] for key in identity) for row in added}
     kept = [row for row in old if tuple(row[key] for key in identity) not in replaced]
     write_atomically(path, csv_text(list(added[0]), [*kept, *added]))
+
+
+def fill_table(
+    document: Path, header: Sequence[str], rows: Sequence[Sequence[str]], mark: str = "table", below: str = ""
+) -> None:
+    """Put a table between the marks `<!-- mark -->` and `<!-- /mark -->` of a document, each on a line of its own.
+
+    Args:
+        document: a Markdown file.
+        header, rows: cells.
+        mark: which place.
+        below: Markdown that follows the table, such as a plot.
+
+    Raises:
+        UserError: the document has no such marks.
+    """
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", below] if below else []
+    between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", re.DOTALL)
+    text, found = between.subn(lambda _: "\n".join([*lines, ""]), document.read_text(encoding="utf-8"))
+    if not found:
+        raise UserError(f"{document} has no place for a table: add the lines <!-- {mark} --> and <!-- /{mark} -->")
+    document.write_text(text, encoding="utf-8")
 
 
 def scene_batches(
