@@ -55,20 +55,24 @@ def in_double(inputs: tuple) -> tuple:
 def check(layout: Layout, inputs: tuple, scale: float | None = None) -> None:
     """No row's error is above twice that of masked attention's worst row in the same precision, plus rounding.
 
-    Rounding is that of the numbers, and that of logits in float32.
+    Rounding is that of the numbers, and that of logits in float32. Gradients of queries and keys are differences of
+    much larger numbers, and nothing where a row reads one key: errors are not compared with less than a thousandth of
+    those. Where masked attention gives NaN, as for rows of one key in float16, nothing but rounding is allowed.
     """
     exact = output_and_gradients(in_double(inputs), layout, "reference", scale)
     ours = output_and_gradients(inputs, layout, "triton", scale)
     plain = output_and_gradients(inputs, layout, "masked", scale)
-    query, key = inputs[1][0].double(), inputs[1][1].double()
-    largest = float((query.norm(dim=-1).max() * key.norm(dim=-1).max()) * (scale or query.shape[-1] ** -0.5))
+    query, key, value = (part.detach().double().norm(dim=-1).max() for part in inputs[1])
+    factor = scale or inputs[1][0].shape[-1] ** -0.5
+    largest, summands = float(query * key * factor), 1e-3 * float(query.maximum(key) * value * factor)
     floor = 2 * torch.finfo(inputs[1][0].dtype).eps + torch.finfo(torch.float32).eps * largest
     for part, (actual, peer, right) in enumerate(zip(ours, plain, exact, strict=True)):
         if not right.numel():
             continue
-        typical = right.norm(dim=-1).square().mean().sqrt().clamp_min(1e-3)
+        typical = right.norm(dim=-1).square().mean().sqrt().clamp_min(summands if part > 1 else 1e-3)
         size = right.norm(dim=-1).clamp_min(typical / 2)
         error, allowed = (((each.double() - right).norm(dim=-1) / size).max() for each in (actual, peer))
+        allowed = allowed.nan_to_num(0)
         assert error <= 2 * allowed + floor, f"tensor {part}: relative error {error:.1e}, masked has {allowed:.1e}"
 
 

@@ -60,10 +60,13 @@ def attend_to(
 
     Args:
         streams, layout, scale: what `attend` takes, joined.
-        side: keys of a tile of the layout: 128, or 64 where the layout then needs no mask; 64 by default where it can.
+        side: keys of a tile of the layout, 128 or 64. By default 64 where the layout then needs no mask; 128 where
+            gradients are wanted, for which FlexAttention has no kernel of 64 keys on every GPU (torch 2.11, H100).
         options: of FlexAttention's kernels, such as `BLOCK_M`.
     """
-    side = side or (HALF_BLOCK if needs_no_mask(layout) else FLEX_BLOCK)
+    if side is None:
+        wants_gradients = torch.is_grad_enabled() and any(part.requires_grad for part in streams)
+        side = HALF_BLOCK if needs_no_mask(layout) and not wants_gradients else FLEX_BLOCK
     if side == HALF_BLOCK:  # the kernels' own tiles may be larger
         options = dict.fromkeys(("BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), HALF_BLOCK) | options
     query, key, value = (part.transpose(1, 2) for part in (streams.query, streams.key, streams.value))
