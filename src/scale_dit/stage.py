@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Stage:
     text: Text
     negative: Text | None
     guidance_scale: float
-    keys_values: list[KeysValues] | None = None
+    keys_values: Sequence[KeysValues] | None = None
     pull: tuple[Tensor, float] | None = None
 
     def sample(

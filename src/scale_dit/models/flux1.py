@@ -22,7 +22,10 @@ from scale_dit.attention import avoid_failing_kernels
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
-from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, fuses, project
+from scale_dit.models.chunking import chunked_feed_forward
+from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, block_keys_values, fuses
+from scale_dit.models.hooks import called, calls_transformer
+from scale_dit.models.keys_values import HostKeysValues
 from scale_dit.models.settings import BaseSettings
 from scale_dit.quiet import truncating_quietly
 
@@ -49,6 +52,10 @@ class Flux1:
         settings: The base's geometry.
         backend: Attention backend, see `scale_dit.attention`.
         gradient_checkpointing: Recompute blocks in the backward pass.
+
+    Attributes:
+        feed_forward_tokens: Tokens that go through a feed-forward layer at a time; `None`: all.
+        keys_values_on_host: Keep the draft's keys and values in host memory.
     """
 
     def __init__(
@@ -60,6 +67,8 @@ class Flux1:
     ):
         self.pipeline, self.settings, self.backend = pipeline, settings, backend
         self.gradient_checkpointing = gradient_checkpointing
+        self.feed_forward_tokens: int | None = None
+        self.keys_values_on_host = False
         self.guidance_adapters: tuple[str, ...] = ()
         self.image_adapters: tuple[str, ...] = ()
         avoid_failing_kernels(self.transformer.config.attention_head_dim)
@@ -169,7 +178,8 @@ class Flux1:
         token_px = self.pipeline.vae_scale_factor * 2
         return FluxPipeline._unpack_latents(raster, height * token_px, width * token_px, self.pipeline.vae_scale_factor)
 
-    def guidance_pass(self, tokens: Tensor, pooled: Tensor, plan: Plan, guidance_scale: float) -> list[KeysValues]:
+    @calls_transformer
+    def guidance_pass(self, tokens: Tensor, pooled: Tensor, plan: Plan, guidance_scale: float) -> Sequence[KeysValues]:
         """Keys and values of the draft's tokens in every block: the base with the LoRA, at timestep 0.
 
         They depend on the draft and the pooled prompt alone, so one pass serves all steps and both branches of
@@ -183,7 +193,6 @@ class Flux1:
         Returns:
             For each block, keys and values `[B, L, H, D]`.
         """
-        self._onload()
         with active_adapters(self.transformer, self.guidance_adapters):
             hidden = self.transformer.x_embedder(tokens.to(self.dtype))
         time = torch.zeros(len(tokens), device=tokens.device)
@@ -197,17 +206,18 @@ class Flux1:
             attention = BlockAttention(plan.guidance_layout, self.backend, recorded=recorded)
             _, hidden = self._run(block, self.guidance_adapters, hidden, no_text, embedding, rotary, attention)
             keys_values += recorded
-        with active_adapters(last, self.guidance_adapters):
-            keys_values.append(_block_keys_values(last, hidden, embedding, rotary, fuses(self.backend)))
-        return keys_values
+        with called(last), active_adapters(last, self.guidance_adapters):
+            keys_values.append(block_keys_values(last, hidden, embedding, rotary, fuses(self.backend)))
+        return HostKeysValues(keys_values) if self.keys_values_on_host else keys_values
 
+    @calls_transformer
     def image_pass(
         self,
         tokens: Tensor,
         text: Text,
         time: Tensor,
         plan: Plan,
-        guidance: list[KeysValues] | None,
+        guidance: Sequence[KeysValues] | None,
         guidance_scale: float,
     ) -> Tensor:
         """Velocity of the image tokens: the base over text and image, reading the draft's keys and values.
@@ -223,7 +233,6 @@ class Flux1:
         transformer = self.transformer
         if text.tokens.shape[1] != plan.layout.text:
             raise UserError(f"{text.tokens.shape[1]} text tokens were given, but the plan is for {plan.layout.text}.")
-        self._onload()
         with active_adapters(transformer, self.image_adapters):
             image = transformer.x_embedder(tokens.to(self.dtype))
         embedding = self._time_embedding(time, guidance_scale, text.pooled)
@@ -235,11 +244,6 @@ class Flux1:
             attention = BlockAttention(plan.layouts[index % 2], self.backend, block_guidance)
             words, image = self._run(block, self.image_adapters, image, words, embedding, rotary, attention)
         return transformer.proj_out(transformer.norm_out(image, embedding))
-
-    def _onload(self) -> None:
-        """Let a hook of `enable_model_cpu_offload` bring the transformer, whose `forward` is never called here."""
-        if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
-            hook.pre_forward(self.transformer)
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -258,7 +262,7 @@ class Flux1:
         """One block with the given adapters, also when it is recomputed in the backward pass."""
 
         def forward(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-            with active_adapters(block, adapters):
+            with active_adapters(block, adapters), chunked_feed_forward(block, self.feed_forward_tokens):
                 return block(
                     hidden_states=image,
                     encoder_hidden_states=text,
@@ -288,12 +292,3 @@ class Flux1:
 
         stretched = FluxPosEmbed(ntk_theta(embed.theta, ntk, max(embed.axes_dim)), embed.axes_dim)
         return stretched(ids.to(device))
-
-
-def _block_keys_values(
-    block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor], fused: bool
-) -> KeysValues:
-    """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
-    norm = block.norm1 if hasattr(block, "norm1") else block.norm
-    _, key, value = project(block.attn, norm(hidden, emb=embedding)[0], rotary, fused)
-    return key, value
