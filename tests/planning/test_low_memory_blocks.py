@@ -10,7 +10,6 @@ from scale_dit.method import Method
 from scale_dit.models.chunking import chunked_feed_forward
 from scale_dit.models.flux1 import Flux1
 from scale_dit.models.keys_values import HostKeysValues
-from scale_dit.planning.trace import Trace, trace
 
 PX = 256
 
@@ -44,7 +43,7 @@ def test_parts_are_what_the_feed_forward_gets():
         layer.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     base.feed_forward_tokens = 100
     velocity(base)
-    # The forward of a single block's last layer is replaced, so its hook sees all tokens; a double block's parts differ.
+    # A single block's last layer is seen with all tokens, since the parts are made inside its replaced `forward`.
     assert 100 in widths
 
 
@@ -59,17 +58,6 @@ def test_with_gradients_nothing_changes():
     block = flux().single_transformer_blocks[0]
     with torch.enable_grad(), chunked_feed_forward(block, 4):
         assert "forward" not in block.proj_out.__dict__
-
-
-def working_set(base: Flux1) -> Trace:
-    return trace(lambda: velocity(base), device="cpu")
-
-
-def test_parts_need_less_memory():
-    whole = working_set(drive(flux("wide_heads"))).peak
-    base = drive(flux("wide_heads"))
-    base.feed_forward_tokens = 32
-    assert working_set(base).peak < 0.7 * whole
 
 
 def test_keys_and_values_in_host_memory_give_the_same_bits():

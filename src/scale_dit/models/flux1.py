@@ -8,8 +8,7 @@ pass has no text and no noise and needs keys and values only, and the timestep s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +26,10 @@ from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAt
 from scale_dit.models.hooks import called, calls_transformer
 from scale_dit.models.keys_values import HostKeysValues
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.text import Text
 from scale_dit.quiet import truncating_quietly
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Encoded prompts: `tokens` `[B, T, C]` and `pooled` `[B, P]`."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-    def __getitem__(self, rows: slice) -> Text:
-        return Text(self.tokens[rows], self.pooled[rows])
 
 
 class Flux1:
@@ -56,6 +45,7 @@ class Flux1:
     Attributes:
         feed_forward_tokens: Tokens that go through a feed-forward layer at a time; `None`: all.
         keys_values_on_host: Keep the draft's keys and values in host memory.
+        known_texts: Prompts that were encoded ahead, in host memory.
     """
 
     def __init__(
@@ -69,6 +59,7 @@ class Flux1:
         self.gradient_checkpointing = gradient_checkpointing
         self.feed_forward_tokens: int | None = None
         self.keys_values_on_host = False
+        self.known_texts: dict[tuple[str, ...], Text] = {}
         self.guidance_adapters: tuple[str, ...] = ()
         self.image_adapters: tuple[str, ...] = ()
         avoid_failing_kernels(self.transformer.config.attention_head_dim)
@@ -133,6 +124,8 @@ class Flux1:
 
         What CLIP cuts at 77 tokens as ever is not worth one: the transformer sees only its pooled vector.
         """
+        if (known := self.known_texts.get(tuple(prompts))) is not None:
+            return known.to(self.device)
         length = self.settings.text_length
         for prompt in dict.fromkeys(prompts):
             ids = self.pipeline.tokenizer_2(prompt, truncation=False, verbose=False).input_ids
@@ -142,6 +135,10 @@ class Flux1:
         with truncating_quietly():
             tokens, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=length)
         return Text(tokens.to(self.dtype), pooled.to(self.dtype))
+
+    def remember_prompts(self, groups: Iterable[Sequence[str]]) -> None:
+        """Encode lists of prompts now, so that `encode_prompts` needs no text encoders for them later."""
+        self.known_texts |= {tuple(prompts): self.encode_prompts(prompts).to("cpu") for prompts in groups}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from scale_dit.attention import attend_joined
-from scale_dit.generation.run import choose_device
+from scale_dit.device import choose_device
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import nn
 
 from scale_dit.models import load_family
@@ -73,11 +76,16 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     return [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
-def castable(transformer: Any) -> int:
-    """Numbers in the layers that diffusers' layerwise casting stores in 8 bits."""
-    skipped = transformer._skip_layerwise_casting_patterns
+def castable(module: nn.Module, skipped: Sequence[str]) -> int:
+    """Numbers in the layers that diffusers' layerwise casting stores in 8 bits.
+
+    Args:
+        skipped: Patterns of names that the model's class leaves out, beside those that diffusers always does.
+    """
     return sum(
-        sum(parameter.numel() for parameter in module.parameters())
-        for name, module in transformer.named_modules()
-        if isinstance(module, LAYERS) and not any(pattern in name for pattern in skipped)
+        parameter.numel()
+        for name, layer in module.named_modules()
+        if isinstance(layer, LAYERS)
+        and not any(re.search(pattern, name) for pattern in (*DEFAULT_SKIP_MODULES_PATTERN, *skipped))
+        for parameter in layer.parameters()
     )
