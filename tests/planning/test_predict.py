@@ -27,7 +27,7 @@ GB = 10**9
 
 def planner(memory: Memory | None = None, base: BaseSettings = FLUX1, components: Components | None = None) -> Planner:
     # Few blocks, so that tests are quick: everything but the weights is then that of FLUX.1.
-    components = components or flux1_dev((1, 2))
+    components = components or flux1_dev((1, 4))
     tracer = Tracer(base, Method(order="window"), Sampling(), components, "triton", torch.device("cpu"))
     return Planner(tracer, components, CARD, memory or Memory(), on_gpu=True)
 
@@ -40,11 +40,11 @@ def flux1() -> Planner:
 def test_arithmetic_of_a_picture(flux1):
     layout = Method(order="window").plan(FLUX1, 4096, 4096).layout
     work = flux1.tracer.work(4096, 4096, 0)
-    assert work.refine.flops("windowed") == 3 * layout.flops(24, 128)
+    assert work.refine.flops("windowed") == 5 * layout.flops(24, 128)
     tokens, width = 512 + 65_536, 3072
-    double, singles = 24 * tokens * width**2, 2 * 24 * tokens * width**2
-    assert work.refine.flops("matmul") == pytest.approx(double + singles, rel=0.02), "24 S C^2 a block, and a little"
-    assert work.guidance.kept == pytest.approx(3 * 2 * 4096 * width * 2, rel=0.02)
+    arithmetic = 5 * 24 * tokens * width**2
+    assert work.refine.flops("matmul") == pytest.approx(arithmetic, rel=0.02), "24 S C^2 a block, and a little"
+    assert work.guidance.kept == pytest.approx(5 * 2 * 4096 * width * 2, rel=0.02)
     assert (work.refine_steps, work.draft_steps) == (28, 28)
 
 
@@ -59,7 +59,7 @@ def test_seconds_follow_from_rates(flux1):
 
 def test_windowed_refine_needs_less_than_stock_dense(flux1):
     """Working memory of stock FLUX.1 at 4096 px is 6.98 GB (tested in `test_trace.py`), guidance not included."""
-    kept = 57 / 3 * flux1.tracer.work(4096, 4096, 0).guidance.kept
+    kept = 57 / 5 * flux1.tracer.work(4096, 4096, 0).guidance.kept
     by_parts = flux1.tracer.work(4096, 4096, PART).refine.peak
     assert kept == pytest.approx(2.9e9, rel=0.02)
     assert kept + by_parts < 6.98e9
@@ -70,7 +70,7 @@ def test_ways_get_smaller(flux1):
     found = [flux1.predict(4096, 4096, way) for way in flux1.ways]
     refine = [each.peak_bytes["refine"] for each in found]
     assert refine == sorted(refine, reverse=True)
-    assert refine[-1] < 0.7 * refine[0]
+    assert refine[-1] < 0.4 * refine[0]
 
 
 def test_weights_by_offloading():
@@ -92,14 +92,13 @@ def test_weights_by_offloading():
 
 
 def test_choice_is_the_fastest_that_fits(flux1):
-    offloads = [flux1.choose([(1024, 1024), (4096, 4096)], limit * GB).offload for limit in (80, 20, 8)]
-    assert offloads[0] == "none"
-    assert flux1.choose([(4096, 4096)], 80 * GB).tokens == 0
-    for limit in (80, 20, 8):
-        way = flux1.choose([(4096, 4096)], limit * GB)
-        assert flux1.predict(4096, 4096, way).peak <= limit * GB
+    limits = [round(flux1.predict(4096, 4096, way).peak * 1.01) for way in flux1.ways]
+    assert flux1.choose([(1024, 1024), (4096, 4096)], max(limits)) == flux1.ways[0]
+    for limit in limits:
+        way = flux1.choose([(4096, 4096)], limit)
+        assert flux1.predict(4096, 4096, way).peak <= limit
         for faster in flux1.ways[: flux1.ways.index(way)]:
-            assert flux1.predict(4096, 4096, faster).peak > limit * GB
+            assert flux1.predict(4096, 4096, faster).peak > limit
 
 
 def test_what_the_user_sets_is_kept():
@@ -109,10 +108,10 @@ def test_what_the_user_sets_is_kept():
 
 
 def test_refusal_names_the_largest_size_that_fits():
-    chosen = planner(Memory(offload="text"))
-    limit = 11 * GB
+    chosen = planner(Memory(offload="text", feed_forward_tokens=0, keys_values="device"))
+    limit = 10 * GB
     with pytest.raises(UserError, match=r"height=\d+ width=\d+") as refused:
-        chosen.choose([(8192, 16384)], limit)
+        chosen.choose([(4096, 8192)], limit)
     found = re.search(r"height=(\d+) width=(\d+)", str(refused.value))
     assert found is not None
     height, width = map(int, found.groups())
@@ -122,7 +121,7 @@ def test_refusal_names_the_largest_size_that_fits():
     assert chosen.predict(height, width, chosen.ways[-1]).peak <= limit
     larger = (int(height * 1.1) // 16 * 16, int(width * 1.1) // 16 * 16)
     assert chosen.predict(*larger, chosen.ways[-1]).peak > limit
-    assert "16384 x 8192 px" in str(refused.value)
+    assert "8192 x 4096 px" in str(refused.value)
 
 
 def test_where_nothing_fits_the_refusal_says_so():

@@ -1,7 +1,7 @@
 """Measure how fast this machine is, so that `generate` can say beforehand what a picture will take.
 
 python -m scale_dit.planning.calibrate                 into the user's cache folder, for this card and version of torch
-python -m scale_dit.planning.calibrate --to h100.json
+python -m scale_dit.planning.calibrate --to src/scale_dit/planning/machines     to ship it
 """
 
 from __future__ import annotations
@@ -99,13 +99,14 @@ def _synchronise(device: torch.device) -> None:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, help="file of the profile; by default in the user's cache folder")
+    parser.add_argument("--to", type=Path, help="file or folder; by default the user's cache folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     device, dtype = choose_device(options.device, options.dtype)
     machine = measure(device, dtype)
-    path = options.to or cache_folder() / file_name(machine.name, dtype)
+    path = options.to or cache_folder()
+    path = path if path.suffix == ".json" else path / file_name(machine.name, dtype)
     machine.save(path)
     print(f"{machine}\n{path}")
 

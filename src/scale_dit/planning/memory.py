@@ -26,8 +26,8 @@ class Memory:
     """How memory is saved; `auto` is chosen for the picture and the card.
 
     Args:
-        offload: `none`; `text`: text encoders are dropped once all prompts are encoded; `model`: one part of the base at a
-            time is on the card; `group`: text encoders are dropped, and two blocks at a time are on the card.
+        offload: `none`; `text`: text encoders are dropped once all prompts are encoded; `model`: one part of the base
+            at a time is on the card; `group`: text encoders are dropped, and two blocks at a time are on the card.
         feed_forward_tokens: Tokens that go through a feed-forward layer at a time; 0: all.
         keys_values: Where the draft's keys and values are: `device` or `host`.
         weights: The transformer's: `native`, as they are loaded, or `fp8`: stored in 8 bits, computed with as before;

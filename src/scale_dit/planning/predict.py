@@ -126,29 +126,26 @@ class Planner:
         return f"{message}. The largest of this shape that fits: height={size[0]} width={size[1]}"
 
     def _largest(self, height: int, width: int, way: Memory, limit: int) -> tuple[int, int] | None:
-        """The largest size of the same shape that fits, found along the line on which memory grows with the area."""
-        token = self.tracer.base.token_size
-        small = self._sized(height, width, 0.5, token)
-        if small is None:
+        """The largest size of the same shape that fits: on the line along which memory grows with the area."""
+        base, area = self.tracer.base, height * width
+        smallest = base.token_size * (self.tracer.method.window or base.window)
+        if self.predict(*self._sized(height, width, smallest / min(height, width)), way).peak > limit:
             return None
-        low, high = (self.predict(*size, way).peak for size in (small, (height, width)))
-        if low > limit:
-            return self._largest(*small, way, limit) if small != (height, width) else None
-        share = (limit - low) / (high - low)
-        area = math.prod(small) + share * (height * width - math.prod(small))
-        side = math.sqrt(area / (height * width))
-        while (size := self._sized(height, width, side, token)) is not None and math.prod(size) > math.prod(small):
+        half = self._sized(height, width, 0.5)
+        low, high = (self.predict(*size, way).peak for size in (half, (height, width)))
+        share = math.prod(half) / area + (limit - low) / max(1, high - low) * (1 - math.prod(half) / area)
+        side = math.sqrt(max(0.0, min(1.0, share)))
+        while side * min(height, width) > smallest:
+            size = self._sized(height, width, side)
             if self.predict(*size, way).peak <= limit:
                 return size
             side *= SIZE_STEP
-        return small
+        return self._sized(height, width, smallest / min(height, width))
 
-    def _sized(self, height: int, width: int, share: float, token: int) -> tuple[int, int] | None:
-        """A size `share` as large a side, in whole tokens, that the method can make; `None` below one cell."""
-        base = self.tracer.base
-        size = int(height * share) // token * token, int(width * share) // token * token
-        smallest = token * (self.tracer.method.window or base.window)
-        return size if min(size) >= smallest else None
+    def _sized(self, height: int, width: int, share: float) -> tuple[int, int]:
+        """A size `share` as large a side, in whole tokens."""
+        token = self.tracer.base.token_size
+        return max(1, int(height * share) // token) * token, max(1, int(width * share) // token) * token
 
 
 def gb(count: float) -> str:
