@@ -27,16 +27,16 @@ def chunked_feed_forward(block: Any, tokens: int | None) -> Iterator[None]:
         return
     parts = dict(_separate(block, tokens) or _parallel(block, tokens))
     before = {layer: layer.__dict__.get("forward") for layer in parts}
-    for layer, forward in parts.items():
-        layer.forward = forward
+    for layer, by_parts in parts.items():
+        layer.forward = by_parts
     try:
         yield
     finally:
-        for layer, forward in before.items():
-            if forward is None:
+        for layer, own in before.items():
+            if own is None:
                 del layer.forward
             else:  # a hook of diffusers lives there
-                layer.forward = forward
+                layer.forward = own
 
 
 def _separate(block: Any, tokens: int) -> list[tuple[nn.Module, Layer]]:

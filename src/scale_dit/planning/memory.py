@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from scale_dit.errors import UserError
 from scale_dit.planning.components import Components, blocks_of, castable, size_of
 from scale_dit.planning.work import Work
@@ -124,9 +126,11 @@ class Weights:
         transformer = components.transformer
         saved = transformer.dtype.itemsize - 1 if kind == "fp8" else 0
 
-        def stored(module: object) -> int:
-            numbers = castable(module, transformer._skip_layerwise_casting_patterns or ()) if saved else 0
-            return size_of(module) - saved * numbers  # type: ignore[arg-type]
+        def numbers(module: nn.Module) -> int:
+            return castable(module, transformer._skip_layerwise_casting_patterns or ()) if saved else 0
+
+        def stored(module: nn.Module) -> int:
+            return size_of(module) - saved * numbers(module)
 
         blocks = [stored(block) for block in blocks_of(transformer)]
         return cls(
@@ -135,7 +139,7 @@ class Weights:
             sum(blocks),
             max(blocks),
             size_of(components.modules["vae"]),
-            castable(transformer, transformer._skip_layerwise_casting_patterns or ()) if saved else 0,
+            numbers(transformer),
         )
 
     def resident(self, offload: str) -> dict[str, int]:

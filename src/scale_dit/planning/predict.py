@@ -126,15 +126,20 @@ class Planner:
         return f"{message}. The largest of this shape that fits: height={size[0]} width={size[1]}"
 
     def _largest(self, height: int, width: int, way: Memory, limit: int) -> tuple[int, int] | None:
-        """The largest size of the same shape that fits: on the line along which memory grows with the area."""
+        """The largest size of the same shape that fits: on the lines along which stages' memory grows with the area."""
         base, area = self.tracer.base, height * width
         smallest = base.token_size * (self.tracer.method.window or base.window)
         if self.predict(*self._sized(height, width, smallest / min(height, width)), way).peak > limit:
             return None
         half = self._sized(height, width, 0.5)
-        low, high = (self.predict(*size, way).peak for size in (half, (height, width)))
-        share = math.prod(half) / area + (limit - low) / max(1, high - low) * (1 - math.prod(half) / area)
-        side = math.sqrt(max(0.0, min(1.0, share)))
+        lows, highs = (self.predict(*size, way).peak_bytes for size in (half, (height, width)))
+        half_area = math.prod(half) / area
+        shares = [
+            half_area + (limit - low) / (highs[stage] - low) * (1 - half_area)
+            for stage, low in lows.items()
+            if highs[stage] > low
+        ]
+        side = math.sqrt(max(0.0, min(1.0, *shares)))
         while side * min(height, width) > smallest:
             size = self._sized(height, width, side)
             if self.predict(*size, way).peak <= limit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ class Tracer:
         self.backend, self.device = backend, device
         self.driver: Any = components.driver(base, "auto")
         self.work = lru_cache(maxsize=None)(self._work)
+        self.known: dict[tuple[object, ...], Trace] = {}
 
     def _work(self, height: int, width: int, feed_forward_tokens: int) -> Work:
         """The work of a picture of `height` x `width` px, feed-forward layers taking so many tokens at a time."""
@@ -105,7 +106,7 @@ class Tracer:
                     longest = getattr(encoder.config, "max_position_embeddings", self.base.text_length)
                     encoder(torch.zeros(1, min(longest, self.base.text_length), dtype=torch.long, device=META))
 
-        return trace(encode)
+        return self._once(("text", prompts), encode)
 
     def _guidance(self, plan: Plan, scale: float) -> tuple[Trace, Sequence[tuple[Tensor, Tensor]]]:
         self._take_backend(plan.guidance_layout)
@@ -128,7 +129,9 @@ class Tracer:
             stage = Stage(self.driver, plan, text, negative, scale, keys_values)
             return stage.sample(latents, make_scheduler(1, self.base.shift, 1.0, torch.device("cpu")))
 
-        return trace(run)
+        # Drafts of many sizes are alike.
+        reads = keys_values is not None
+        return self._once(("step", plan.layout.json, scale, reads, self.driver.feed_forward_tokens), run)
 
     def _decode(self, height: int, width: int) -> tuple[Trace, int]:
         """The largest tile, and how many of its area make the picture, overlaps included."""
@@ -137,7 +140,16 @@ class Tracer:
         tile, overlap = self.sampling.decode_tile // factor, self.sampling.decode_tile // (4 * factor)
         rows, columns = (_tiles(side // factor, tile, overlap) for side in (height, width))
         shape = (1, vae.config.latent_channels, min(tile, height // factor), min(tile, width // factor))
-        return trace(lambda: vae.decode(torch.empty(shape, dtype=vae.dtype, device=META)).sample), rows * columns
+        tile_trace = self._once(
+            ("tile", *shape), lambda: vae.decode(torch.empty(shape, dtype=vae.dtype, device=META)).sample
+        )
+        return tile_trace, rows * columns
+
+    def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
+        """The trace of what has this key, made when it is first asked for."""
+        if key not in self.known:
+            self.known[key] = trace(code)
+        return self.known[key]
 
     def _blank_text(self, plan: Plan) -> Text:
         config = self.components.transformer.config
