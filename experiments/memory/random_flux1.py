@@ -42,8 +42,7 @@ CLASSES = {
 
 def write_configs(folder: Path) -> BaseSettings:
     """The folder of a base without its weights: what a plan is made from; returns its settings."""
-    parts = dict(zip(CLASSES, _modules("meta", ("transformer", "vae", "text_encoder", "text_encoder_2")), strict=True))
-    for name, part in parts.items():
+    for name, part in zip(CLASSES, modules(), strict=True):
         (folder / name).mkdir(parents=True, exist_ok=True)
         if name.startswith("text"):
             part.config.save_pretrained(folder / name)
@@ -56,7 +55,7 @@ def write_configs(folder: Path) -> BaseSettings:
 def random_pipeline(settings: BaseSettings, backend: str = "auto") -> ScaleDiTPipeline:
     """The whole pipeline in host memory, bfloat16; numbers are drawn on the GPU, a layer at a time."""
     tokenizers = project_root() / "assets" / "tiny-flux"
-    transformer, vae, clip, t5 = _modules("meta", tuple(CLASSES))
+    transformer, vae, clip, t5 = modules()
     parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder_2": t5}
     for module in parts.values():
         fill(module, torch.device("cpu"))
@@ -74,12 +73,11 @@ def random_pipeline(settings: BaseSettings, backend: str = "auto") -> ScaleDiTPi
 
 def random_transformer() -> FluxTransformer2DModel:
     """The transformer alone, on the GPU."""
-    (transformer,) = _modules("meta", ("transformer",))
-    return fill(transformer, torch.device("cuda"))
+    return fill(modules()[0], torch.device("cuda"))
 
 
 def fill(module: Any, place: torch.device) -> Any:
-    """Give a module on `meta` random weights that keep activations finite: linear maps that keep lengths, norms of 1."""
+    """Give a module on `meta` random weights; linear maps keep lengths, so that numbers stay finite."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             number = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
@@ -91,12 +89,11 @@ def fill(module: Any, place: torch.device) -> Any:
     return module.eval()
 
 
-def _modules(device: str, names: tuple[str, ...]) -> list[Any]:
-    makers = {
-        "transformer": lambda: FluxTransformer2DModel(**TRANSFORMER),
-        "vae": lambda: AutoencoderKL(**VAE),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**CLIP)),
-        "text_encoder_2": lambda: T5EncoderModel(T5Config(**T5)),
-    }
-    with torch.device(device):
-        return [makers[name]() for name in names]
+def modules(blocks: tuple[int, int] = (19, 38)) -> list[Any]:
+    """The parts of `CLASSES` on `meta`, with so many double and single blocks."""
+    sizes = TRANSFORMER | {"num_layers": blocks[0], "num_single_layers": blocks[1]}
+    with torch.device("meta"):
+        return [
+            FluxTransformer2DModel(**sizes), AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**CLIP)),
+            T5EncoderModel(T5Config(**T5)),
+        ]  # fmt: skip
