@@ -8,9 +8,11 @@ import time
 import pytest
 import torch
 from test_attention import LAYOUTS, SQUARE, random_inputs
+from test_joined_backends import WHOLE
 
-from scale_dit.attention import attend
+from scale_dit.attention import attend, fa4
 from scale_dit.attention._dense import dense
+from scale_dit.benchmark.alone import attend_alone, cell_table, join_all, tiles_of_all_rows
 from scale_dit.benchmark.attention import AttentionBenchmark
 from scale_dit.benchmark.contestants import Case, Contestant
 from scale_dit.benchmark.exact import dense_rows, window_rows, worst_run
@@ -108,6 +110,37 @@ def test_gradients_of_joined_streams_come_apart_right(case):
     outputs, gradients = contestant.run(with_gradients=True)
     assert output_error(case, outputs) < 1e-12
     assert gradient_error(case, "flex_joined", gradients) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [64, 128])
+@torch.no_grad()
+def test_flex_alone_does_the_text_rows_too(side):
+    """With and without masks."""
+    case = Case(WHOLE, *random_inputs(WHOLE, torch.float32))
+    rows = join_all(case.text, case.image, case.guidance)
+    assert output_error(case, attend_alone("flex_alone", rows, WHOLE, side)) < 1e-5
+
+
+def test_tiles_and_cells_of_all_rows_are_the_mask():
+    mask = WHOLE.dense_mask()
+    cells = cell_table(WHOLE).bool().repeat_interleave(64, 0).repeat_interleave(64, 1)
+    assert torch.equal(cells, mask)
+    tiles = tiles_of_all_rows(WHOLE, 128)
+    pieces = mask.unfold(0, 128, 128).unfold(1, 128, 128).flatten(2)
+    assert torch.equal(tiles.visited, pieces.any(2))
+    assert torch.equal(tiles.full, pieces.all(2))
+    with pytest.raises(UserError, match="only streams of multiples of 128 tokens are timed"):
+        tiles_of_all_rows(dataclasses.replace(WHOLE, text=64), 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flex_alone", "fa4_alone"])
+def test_libraries_alone_pass_the_gate(name):
+    if name == "fa4_alone" and fa4.unavailable(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("needs flash-attn-4 and a GPU that it has kernels for")
+    case = Case(WHOLE, *random_inputs(WHOLE, torch.bfloat16, head_dim=64, device="cuda"))
+    assert errors(case, name, *case.contestant(name).run(with_gradients=True)).problem is None
 
 
 def test_errors_of_neighbours_are_not_drowned_by_the_rest():

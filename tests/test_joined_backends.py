@@ -54,6 +54,19 @@ def test_what_needs_no_mask_is_known():
 
 
 @pytest.mark.slow
+def test_flex_is_right_after_it_failed():
+    """A compilation that failed must not leave the unfused formula behind, which reads every tile."""
+    inputs = random_inputs(WHOLE, torch.float32)
+    joined = join_streams(*inputs)
+    with pytest.raises(Exception, match="backward on CPU"):
+        flex.attend_to(joined._replace(query=joined.query.detach().requires_grad_()), WHOLE, scale=0.2, side=64)
+    with torch.no_grad():
+        _, actual = flex.attend_to(join_streams(*inputs), WHOLE, scale=0.2, side=64)
+        _, wanted = attend(*inputs, WHOLE, "reference", scale=0.2)
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 128])
 @torch.no_grad()
 def test_flex_without_masks_equals_the_reference(side):
@@ -61,6 +74,14 @@ def test_flex_without_masks_equals_the_reference(side):
     actual = flex.attend_to(join_streams(*inputs), WHOLE, scale=0.2, side=side)
     for part, wanted in zip(actual, attend(*inputs, WHOLE, "reference", scale=0.2), strict=True):
         torch.testing.assert_close(part, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("shape", "gradients"), [((1, 2**20, 24, 128), False), ((1, 2**18, 24, 128), True)])
+def test_flex_refuses_what_its_kernels_cannot_address(shape, gradients):
+    layout = Layout(0, Grid(shape[1] // 1024, 1024, 8), None, window=16)
+    image = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=gradients)
+    with pytest.raises(UserError, match=r"'flex' is wrong for tensors of more than .* elements.*use 'triton'"):
+        flex.run(image, image, image, layout.block_mask("meta"), scale=1.0)
 
 
 @pytest.mark.parametrize("layout", [WHOLE, IN_CELLS, dataclasses.replace(WHOLE, order="hilbert", shift=8)])

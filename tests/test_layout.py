@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from layout_strategies import layouts
 
 from scale_dit.errors import UserError
@@ -56,6 +57,42 @@ def reads_guidance(layout: Layout, query: tuple, key: tuple) -> bool:
         if k // layout.image.cell not in (border - 1, border):
             return False
     return True
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts(), st.data())
+def test_a_box_reads_what_the_picture_reads_inside_it(layout, data):
+    grid = layout.image
+    rows, columns = (
+        range(begin * grid.cell, data.draw(st.integers(begin * grid.cell + 1, side)))
+        for side in (grid.height, grid.width)
+        for begin in [data.draw(st.integers(0, (side - 1) // grid.cell))]
+    )
+    box = layout.box(rows, columns)
+    raster = torch.arange(grid.tokens).view(grid.height, grid.width)[
+        rows.start : rows.stop, columns.start : columns.stop
+    ]
+    tokens = raster.flatten()[box.image_order]
+    places = layout.text + layout.image_order.argsort()[tokens]
+    text, guidance = torch.arange(layout.text), torch.arange(layout.guidance_tokens) + layout.text + grid.tokens
+    kept = torch.cat([text, places])
+    assert torch.equal(box.dense_mask(), layout.dense_mask()[kept][:, torch.cat([kept, guidance])])
+    assert type(box).from_json(box.json) == box
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "words"),
+    [
+        (range(4, 16), range(8, 16), "Rows 4 to 16 are no box of a picture of 64: begin at a multiple of 8"),
+        (range(0, 16), range(16, 72), "Columns 16 to 72 are no box"),
+        (range(16, 16), range(0, 8), "Rows 16 to 16"),
+    ],
+)
+def test_boxes_that_cannot_be_are_named(rows, columns, words):
+    with pytest.raises(UserError, match=words):
+        flux(1024).box(rows, columns)
+    with pytest.raises(UserError, match="A box cannot be cut from a box"):
+        flux(1024).box(range(0, 16), range(0, 16)).box(range(0, 8), range(0, 8))
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,7 +15,7 @@ size, and nothing of size S x S is made unless it is asked for.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from json import dumps, loads
@@ -27,14 +27,14 @@ from torch import Tensor
 from scale_dit import order as orders
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
-from scale_dit.windows import Rectangle, Span, Window, spans
+from scale_dit.layout_checks import check_box, check_sizes
+from scale_dit.windows import Rectangle, Span, Window, cut, spans
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from scale_dit.tiles import Tiles
 
-SCOPES = ("aligned", "global")
 REACHES = ("adjacent", "all")
 DENSE_MASK_LIMIT = 2**28
 """Largest dense mask that is built, in entries (256 MiB of booleans)."""
@@ -78,6 +78,8 @@ class Layout:
         scope: guidance that a window reads: `aligned`, the 2 x 2 cells nearest to its centre, or `global`, all.
         text_reads_image: whether text rows read the image, as in the base model.
         order: memory order of the image and guidance tokens, a name from `order.ORDERS`.
+        whole: the grid of a larger picture that `image` is only a box of, see `box`; `None`: there is none.
+        top, left: where the box begins in it, in tokens.
 
     Raises:
         UserError: naming the value, what is allowed and the remedy.
@@ -92,11 +94,14 @@ class Layout:
     scope: str = "aligned"
     text_reads_image: bool = True
     order: str = "window"
+    whole: Grid | None = None
+    top: int = 0
+    left: int = 0
     json: str = field(init=False, repr=False, compare=False)
     """The layout as text, for operators of torch, which take no objects; see `from_json`."""
 
     def __post_init__(self) -> None:
-        self._check()
+        check_sizes(self)
         given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
         object.__setattr__(self, "json", dumps(given, default=asdict))
 
@@ -104,36 +109,6 @@ class Layout:
     def from_json(cls, text: str) -> Layout:
         """The layout whose `json` this is. Cached."""
         return _from_json(text)
-
-    def _check(self) -> None:
-        cell = self.image.cell
-        if self.text < 0:
-            raise UserError(f"Text length is {self.text} tokens, but it cannot be negative.")
-        if self.window is not None:
-            self._check_multiple("Window", self.window, lowest=cell)
-            longest = max(self.image.cells_high, self.image.cells_wide) * cell
-            if self.window > longest:
-                raise UserError(
-                    f"Window {self.window} is larger than the picture's grid of {self.image.height} x "
-                    f"{self.image.width} tokens: use at most {longest}, or null for the whole picture."
-                )
-        self._check_multiple("Halo", self.halo, lowest=0)
-        self._check_multiple("Shift", self.shift, lowest=0)
-        if self.shift >= (self.window or 1):
-            allowed = "0, since one window covers the whole picture" if self.window is None else f"below {self.window}"
-            raise UserError(f"Shift {self.shift} must be {allowed}.")
-        if self.scope not in SCOPES:
-            raise UserError(f"Unknown guidance scope '{self.scope}': use one of {', '.join(SCOPES)}.")
-        orders.check(self.order)
-
-    def _check_multiple(self, name: str, value: int, lowest: int) -> None:
-        cell = self.image.cell
-        if value < lowest or value % cell:
-            near = max(lowest, value // cell * cell)
-            raise UserError(
-                f"{name} {value} must be a multiple of the cell ({cell} tokens), at least {lowest}: "
-                f"use {near} or {near + cell}."
-            )
 
     @classmethod
     def for_guidance(cls, guidance: Grid, reach: str = "adjacent", order: str = "window") -> Layout:
@@ -149,6 +124,20 @@ class Layout:
         if reach == "all":
             return cls(0, guidance, order=order)
         return cls(0, guidance, window=guidance.cell, halo=guidance.cell, order=order)
+
+    def box(self, rows: range, columns: range) -> Layout:
+        """The same for a part of the picture alone, as if nothing were around it; guidance is the whole draft's.
+
+        Args:
+            rows, columns: tokens of the picture, from whole cells on.
+
+        Raises:
+            UserError: the box leaves the picture, begins within a cell, or is cut from another box.
+        """
+        check_box(self, rows, columns)
+        grid = self.image
+        box = Grid(len(rows), len(columns), grid.cell)
+        return replace(self, image=box, whole=grid, top=rows.start, left=columns.start)
 
     @property
     def is_dense(self) -> bool:
@@ -183,11 +172,15 @@ class Layout:
         """The windows along the rows and along the columns of the picture."""
         shape = {name: getattr(self, name) for name in ("window", "halo", "shift", "scope")}
         draft = (self.guidance.height, self.guidance.width) if self.guidance else (0, 0)
+        picture = self.whole or self.image
         rows, columns = (
             spans(side, guidance_side, cell=self.image.cell, **shape)
-            for side, guidance_side in zip((self.image.height, self.image.width), draft, strict=True)
+            for side, guidance_side in zip((picture.height, picture.width), draft, strict=True)
         )
-        return rows, columns
+        if self.whole is None:
+            return rows, columns
+        bottom, right = self.top + self.image.height, self.left + self.image.width
+        return cut(rows, self.top, bottom), cut(columns, self.left, right)
 
     def groups(self) -> tuple[Group, ...]:
         """The windows by equal numbers of query, image key and guidance key tokens. Cached, read-only."""
@@ -244,8 +237,9 @@ class Layout:
     def __str__(self) -> str:
         pairs, tokens = self.attention_pairs(), self.image.tokens
         window = f"windows of {self.window}" if self.window else "one window"
+        place = f" (from {self.top}, {self.left} of {self.whole.height} x {self.whole.width})" if self.whole else ""
         return (
-            f"{self.text} text, {self.image.height} x {self.image.width} image, {self.guidance_tokens} guidance "
+            f"{self.text} text, {self.image.height} x {self.image.width}{place} image, {self.guidance_tokens} guidance "
             f"tokens; {window}, halo {self.halo}, shift {self.shift}, {self.scope} guidance, {self.order} order; "
             f"an image row reads {self.text} text, {pairs.image_to_image / tokens:,.0f} image and "
             f"{pairs.image_to_guidance / tokens:,.0f} guidance keys on average"
@@ -285,5 +279,5 @@ def _within(places: Tensor, rectangle: Rectangle) -> Tensor:
 @lru_cache(maxsize=256)
 def _from_json(text: str) -> Layout:
     given = loads(text)
-    grids = {name: Grid(**given[name]) for name in ("image", "guidance") if given[name]}
+    grids = {name: Grid(**given[name]) for name in ("image", "guidance", "whole") if given[name]}
     return Layout(**{**given, **grids})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from scale_dit import anchors as anchor_positions
@@ -120,6 +121,21 @@ class Plan:
                 f"window.shift=false."
             )
         return self.layout, replace(self.layout, shift=half)
+
+    def box(self, rows: range, columns: range) -> Plan:
+        """The plan of a part of the picture alone, in which tokens keep their rotary ids and read the whole draft.
+
+        Args:
+            rows, columns: Tokens of the picture, from whole cells on.
+
+        Raises:
+            UserError: See `Layout.box`.
+        """
+        layout, grid = self.layout.box(rows, columns), self.layout.image
+        raster = torch.arange(grid.tokens).view(grid.height, grid.width)
+        tokens = raster[rows.start : rows.stop, columns.start : columns.stop].flatten()[layout.image_order]
+        places = self.layout.image_order.argsort()[tokens]
+        return replace(self, layout=layout, image_ids=self.image_ids[places])
 
     @cached_property
     def guidance_layout(self) -> Layout:

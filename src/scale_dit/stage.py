@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -12,6 +12,7 @@ from torch import Tensor
 from scale_dit.method import Plan
 from scale_dit.models.flux1 import Flux1, Text
 from scale_dit.models.flux_attention import KeysValues
+from scale_dit.regions import Region, moved
 from scale_dit.sampling import denoise, low_pass_guidance
 
 AfterStep = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -19,8 +20,16 @@ AfterStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
+class LocalPrompt:
+    """Windows that read a text of their own."""
+
+    region: Region
+    text: Text
+
+
+@dataclass(frozen=True)
 class Stage:
-    """Denoises latents with a base along a plan. Tokens are permuted once, at the two ends.
+    """Denoises latents with a base along a plan. Tokens are permuted at the two ends of every step.
 
     Args:
         text: The prompts.
@@ -28,6 +37,10 @@ class Stage:
         guidance_scale: Of classifier-free guidance, or the input of a distilled base.
         keys_values: The draft's keys and values in every block; the same in every step and in both branches.
         pull: The draft at the picture's size, towards which low frequencies are pulled, and how strongly.
+        local: Windows with prompts of their own: there, the velocity is that of a pass over their region alone.
+        rolled: The same stage over the draft moved as the picture is by `shift`.
+        shift: How far every second step sees the picture moved, in rows and columns of tokens, what leaves it at one
+            side coming back at the other: so no edge stays one, and the picture joins itself.
     """
 
     base: Flux1
@@ -37,38 +50,55 @@ class Stage:
     guidance_scale: float
     keys_values: Sequence[KeysValues] | None = None
     pull: tuple[Tensor, float] | None = None
+    local: Sequence[LocalPrompt] = ()
+    rolled: Stage | None = None
+    shift: tuple[int, int] = (0, 0)
 
     def sample(
         self, latents: Tensor, scheduler: FlowMatchEulerDiscreteScheduler, after_step: AfterStep | None = None
     ) -> Tensor:
         """Latents `[B, C, h, w]` at the scheduler's first noise level -> clean latents, float32."""
+        if self.rolled is None:
+            return denoise(self.velocity, latents, scheduler, after_step)
+        steps = {sigma: index for index, sigma in enumerate(scheduler.sigmas.tolist())}
 
-        def after(index: int, timestep: Tensor, tokens: Tensor) -> Tensor | None:
-            changed = after_step(index, timestep, self._unpack(tokens)) if after_step is not None else None
-            return None if changed is None else self._pack(changed.float())
+        def alternating(latents: Tensor, sigma: float) -> Tensor:
+            return self.velocity(latents, sigma) if steps[sigma] % 2 == 0 else self._moved_velocity(latents, sigma)
 
-        return self._unpack(denoise(self._velocity, self._pack(latents), scheduler, after))
+        return denoise(alternating, latents, scheduler, after_step)
 
-    def _velocity(self, tokens: Tensor, sigma: float) -> Tensor:
+    def within(self, region: Region) -> Stage:
+        """The stage over a region's box alone."""
+        pull = self.pull and (region.crop(self.pull[0], self.plan.layout.image), self.pull[1])
+        return replace(self, plan=self.plan.box(region.rows, region.columns), pull=pull, local=(), rolled=None)
+
+    def velocity(self, latents: Tensor, sigma: float) -> Tensor:
+        """Velocity `[B, C, h, w]`, float32, of latents at a noise level."""
+        grid = self.plan.layout.image
+        velocity = self._guided(latents, sigma)
+        for part in self.local:
+            inside = replace(self.within(part.region), text=part.text, pull=None)
+            velocity = part.region.paste(velocity, inside.velocity(part.region.crop(latents, grid), sigma), grid)
+        if self.pull is None:
+            return velocity
+        draft, strength = self.pull
+        return low_pass_guidance(velocity, latents, draft, sigma, strength, self.plan.method.scale)
+
+    def _moved_velocity(self, latents: Tensor, sigma: float) -> Tensor:
+        assert self.rolled is not None
+        grid, (rows, columns) = self.plan.layout.image, self.shift
+        velocity = self.rolled.velocity(moved(latents, grid, (rows, columns)), sigma)
+        return moved(velocity, grid, (-rows, -columns))
+
+    def _guided(self, latents: Tensor, sigma: float) -> Tensor:
+        order, grid = self.plan.layout.image_order, self.plan.layout.image
+        tokens = self.base.pack(latents, order)
         velocity = self._branch(tokens, self.text, sigma)
         if self.negative is not None and self.guidance_scale != 1:
             without = self._branch(tokens, self.negative, sigma)
             velocity = without + self.guidance_scale * (velocity - without)
-        if self.pull is None:
-            return velocity
-        draft, strength = self.pull
-        pulled = low_pass_guidance(
-            self._unpack(velocity), self._unpack(tokens), draft, sigma, strength, self.plan.method.scale
-        )
-        return self._pack(pulled)
+        return self.base.unpack(velocity, order, grid.height, grid.width)
 
     def _branch(self, tokens: Tensor, text: Text, sigma: float) -> Tensor:
         time = torch.full((len(tokens),), sigma, device=tokens.device)
         return self.base.image_pass(tokens, text, time, self.plan, self.keys_values, self.guidance_scale).float()
-
-    def _pack(self, latents: Tensor) -> Tensor:
-        return self.base.pack(latents, self.plan.layout.image_order)
-
-    def _unpack(self, tokens: Tensor) -> Tensor:
-        grid = self.plan.layout.image
-        return self.base.unpack(tokens, self.plan.layout.image_order, grid.height, grid.width)

@@ -120,7 +120,7 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
     partial, full = (_lists(part, device) for part in (visits.partial, visits.full))
     lengths = (visits.visited.shape[0] * FLEX_BLOCK, visits.visited.shape[1] * FLEX_BLOCK)
     return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=_mask_mod(layout, device), seq_lengths=lengths
+        *partial, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod(layout, device), seq_lengths=lengths
     )
 
 
@@ -136,7 +136,7 @@ def _lists(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return count, columns
 
 
-def _mask_mod(layout: Layout, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_mod(layout: Layout, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """`(batch, head, query, key) -> bool`: a window reads the product of what its rows and what its columns read."""
     image = (layout.image_order // layout.image.width, layout.image_order % layout.image.width)
     guidance = (torch.empty(0, dtype=torch.long),) * 2
@@ -147,12 +147,12 @@ def _mask_mod(layout: Layout, device: torch.device) -> Callable[[Tensor, Tensor,
         for spans, image_places, guidance_places in zip(layout.axes, image, guidance, strict=True)
     )
 
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def reads(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (
             rows.reads[rows.window[query], rows.place[key]] & columns.reads[columns.window[query], columns.place[key]]
         )
 
-    return mask_mod
+    return reads
 
 
 class _Axis(NamedTuple):

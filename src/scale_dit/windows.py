@@ -55,6 +55,16 @@ def spans(
     )
 
 
+def cut(whole: tuple[Span, ...], start: int, stop: int) -> tuple[Span, ...]:
+    """What is left of the windows along an axis inside `start` to `stop`, counted from `start`; guidance stays."""
+
+    def inside(tokens: range) -> range:
+        return range(max(tokens.start, start) - start, min(tokens.stop, stop) - start)
+
+    kept = [span for span in whole if span.queries.start < stop and span.queries.stop > start]
+    return tuple(Span(inside(span.queries), inside(span.keys), span.guidance) for span in kept)
+
+
 def _aligned(twice_centre: int, side: int, guidance_side: int, cell: int) -> range:
     """The two cells of the draft nearest to a window whose centre is at `twice_centre / 2` of `side` tokens."""
     cells = -(-guidance_side // cell)

@@ -65,25 +65,18 @@ def attend_to(streams: Joined, layout: Layout, scale: float, side: int | None = 
             f"Attention backend 'fa4' takes heads of multiples of 8 up to {LARGEST_HEAD}, but these have {head}: "
             "use 'flex' or 'sdpa'."
         )
-    from flash_attn.cute import flash_attn_func
-
     side = side or (HALF_BLOCK if needs_no_mask(layout) else FLEX_BLOCK)
     tiles = _tiles(layout, side, streams.query.device)
     needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in streams)
     backward = _tiles(layout, FLEX_BLOCK, streams.query.device) if needs_gradient else None
-    table = tiles.table if backward is None else backward.table
-    output, _ = flash_attn_func(
-        streams.query, streams.key, streams.value, softmax_scale=scale,
-        mask_mod=None if table is None else _mask(), aux_tensors=None if table is None else [table],
-        block_sparse_tensors=tiles.rows, block_sparse_tensors_bwd=backward and backward.columns,
-    )  # fmt: skip
+    output = flash_attention(streams.query, streams.key, streams.value, scale, tiles, backward)
     return (
         text_rows(streams.text_query, streams.text_key, streams.text_value, layout, scale),
         output[:, : layout.image.tokens],
     )
 
 
-class _Tiles(NamedTuple):
+class KernelTiles(NamedTuple):
     """What the kernels are told of a layout."""
 
     rows: Any
@@ -93,13 +86,31 @@ class _Tiles(NamedTuple):
     table: Tensor | None
     """Which cells of 64 queries read which cells of 64 keys, int8; `None`: no tile needs a mask."""
 
+    @classmethod
+    def of(cls, tiles: Tiles, side: int, table: Callable[[], Tensor], device: torch.device) -> KernelTiles:
+        """From tiles of 128 queries and `side` keys; `table` is asked for if one of them needs a mask."""
+        rows, columns = (_block_sparse(tiles, by, side, device) for by in ("query", "key"))
+        return cls(rows, columns, None if bool(tiles.is_full.all()) else table().to(device))
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, forward: KernelTiles, backward: KernelTiles | None
+) -> Tensor:
+    """Block-sparse attention over `[B, tokens, H, D]`; `backward` where gradients are wanted."""
+    from flash_attn.cute import flash_attn_func
+
+    table = (backward or forward).table
+    output, _ = flash_attn_func(
+        query, key, value, softmax_scale=scale,
+        mask_mod=None if table is None else _mask(), aux_tensors=None if table is None else [table],
+        block_sparse_tensors=forward.rows, block_sparse_tensors_bwd=backward and backward.columns,
+    )  # fmt: skip
+    return output
+
 
 @lru_cache(maxsize=32)
-def _tiles(layout: Layout, side: int, device: torch.device) -> _Tiles:
-    tiles = layout.tiles(FLEX_BLOCK, side)
-    table = None if bool(tiles.is_full.all()) else cell_table(layout).to(device)
-    rows, columns = (_block_sparse(tiles, by, side, device) for by in ("query", "key"))
-    return _Tiles(rows, columns, table)
+def _tiles(layout: Layout, side: int, device: torch.device) -> KernelTiles:
+    return KernelTiles.of(layout.tiles(FLEX_BLOCK, side), side, lambda: cell_table(layout), device)
 
 
 def _block_sparse(tiles: Tiles, by: str, side: int, device: torch.device) -> Any:

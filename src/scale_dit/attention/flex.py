@@ -7,6 +7,7 @@ tile of 128 x 64 needs a mask, it gets these and no mask, which it would have to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -21,6 +22,10 @@ from scale_dit.tiles import FLEX_BLOCK
 
 MAX_LAYOUTS = 64
 """Layouts that are compiled in one process; beyond it torch would silently run the unfused formula."""
+
+FORWARD_LIMIT, GRADIENT_LIMIT = 2**31 - 1, 2**29 - 1
+"""Elements of a tensor that its kernels can address. Seen with torch 2.11 on an H100, 24 heads of 128: right at 8192 px
+(0.86e9), wrong at 16384 px (3.4e9); with gradients right at 6144 px (0.48e9), wrong at 8192 px."""
 
 SETTINGS: tuple[dict[str, int], ...] = (
     {},
@@ -67,14 +72,43 @@ def attend_to(
     if side is None:
         wants_gradients = torch.is_grad_enabled() and any(part.requires_grad for part in streams)
         side = HALF_BLOCK if needs_no_mask(layout) and not wants_gradients else FLEX_BLOCK
-    if side == HALF_BLOCK:  # the kernels' own tiles may be larger
-        options = dict.fromkeys(("BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), HALF_BLOCK) | options
-    query, key, value = (part.transpose(1, 2) for part in (streams.query, streams.key, streams.value))
-    mask = _block_mask(layout, side, query.device)
-    with torch._dynamo.config.patch(recompile_limit=MAX_LAYOUTS):
-        output = _compiled()(query, key, value, block_mask=mask, scale=scale, kernel_options=options or None)
-    image_out = output.transpose(1, 2)[:, : layout.image.tokens]
+    mask = _block_mask(layout, side, streams.query.device)
+    output = run(streams.query, streams.key, streams.value, mask, scale, **options)
+    image_out = output[:, : layout.image.tokens]
     return text_rows(streams.text_query, streams.text_key, streams.text_value, layout, scale), image_out
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, **options: int) -> Tensor:
+    """FlexAttention over `[B, tokens, H, D]`, compiled.
+
+    Args:
+        query, key, value: of as many tokens as the mask says.
+        mask: with tiles of 128 queries and of 128 or 64 keys.
+        scale: of the scores.
+        options: of its kernels.
+
+    Raises:
+        UserError: the tensors are too large for its kernels.
+    """
+    _check_size(query, key, value)
+    if (side := mask.BLOCK_SIZE[1]) < FLEX_BLOCK:  # the kernels' own tiles may be larger
+        options = dict.fromkeys(("BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), side) | options
+    streams = (part.transpose(1, 2) for part in (query, key, value))
+    with torch._dynamo.config.patch(recompile_limit=MAX_LAYOUTS):
+        output = _compiled()(*streams, block_mask=mask, scale=scale, kernel_options=options or None)
+    return output.transpose(1, 2)
+
+
+def _check_size(*parts: Tensor) -> None:
+    """Its kernels count in 32 bits, and read and write elsewhere beyond them (pytorch#190857)."""
+    wants_gradients = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    largest, limit = max(part.numel() for part in parts), GRADIENT_LIMIT if wants_gradients else FORWARD_LIMIT
+    if parts[0].device.type != "cpu" and largest > limit:
+        raise UserError(
+            f"Attention backend 'flex' is wrong for tensors of more than {limit:,} elements"
+            f"{' where gradients are wanted' * wants_gradients} (pytorch#190857), but the keys have {largest:,}: use "
+            f"'triton' or 'sdpa'."
+        )
 
 
 @lru_cache(maxsize=32)
@@ -89,5 +123,6 @@ def _block_mask(layout: Layout, side: int, device: torch.device) -> BlockMask:
 
 
 @cache
-def _compiled():
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled() -> Callable[..., Tensor]:
+    """FlexAttention as a fused kernel, or an error: the formula that torch would fall back to reads every tile."""
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scale_dit.attention import backends
 from scale_dit.benchmark import gate
-from scale_dit.benchmark.contestants import DENSE, JOINED, Case, Contestant, settings_of
+from scale_dit.benchmark.contestants import DENSE, LIBRARIES, Case, Contestant, settings_of
 from scale_dit.benchmark.roofline import Card, measures, work_of
 from scale_dit.benchmark.timing import interleaved, median, need_gpu
 from scale_dit.errors import UserError
@@ -58,7 +58,7 @@ class AttentionBenchmark:
 
     def __post_init__(self) -> None:
         for given, allowed, name in (
-            (self.backends, [*backends(), *JOINED, *DENSE], "backend"),
+            (self.backends, [*backends(), *LIBRARIES, *DENSE], "backend"),
             (self.patterns, list(HALOS), "pattern"),
             (self.passes, ["forward", "forward_backward"], "pass"),
         ):

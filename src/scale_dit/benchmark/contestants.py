@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scale_dit.attention import attend, attend_joined
 from scale_dit.attention._joined import Joined, join_streams
+from scale_dit.benchmark import alone
 from scale_dit.benchmark.exact import gradients_of_head
 from scale_dit.errors import UserError
 from scale_dit.layout import Layout
@@ -23,6 +24,8 @@ from scale_dit.tiles import padded
 DENSE = {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION}
 JOINED = {"flex_joined": "flex", "fa4_joined": "fa4"}
 """Backends that join the streams in every call, given streams that were joined before the clock starts."""
+LIBRARIES = {**JOINED, "flex_alone": "flex", "fa4_alone": "fa4"}
+"""These and those of `alone`: the backend whose library each runs on."""
 
 
 @dataclass
@@ -82,16 +85,21 @@ class Case:
         return Joined(*map(_leaf, join_streams(self.text, self.image, self.guidance)))
 
     @cached_property
+    def all_rows(self) -> alone.AllRows:
+        """The streams joined for a kernel that takes the text rows too, as leaves."""
+        return alone.AllRows(*map(_leaf, alone.join_all(self.text, self.image, self.guidance)))
+
+    @cached_property
     def joined_dense(self) -> list[Tensor]:
         """Query, key and value of text and image joined, as leaves."""
         return [_leaf(torch.cat(pair, dim=1)) for pair in zip(self.text, self.image, strict=True)]
 
     def contestant(self, name: str, settings: dict[str, int] | None = None) -> Contestant:
-        """The one of that name: a backend, or one of `JOINED` and `DENSE`. What it needs joined is joined here.
+        """The one of that name: a backend, or one of `JOINED`, `alone.NAMES` and `DENSE`, joined here.
 
         Args:
-            name: of a backend, or from `JOINED` or `DENSE`.
-            settings: of those in `JOINED`, see `settings_of`.
+            name: of a backend, or from `JOINED`, `alone.NAMES` or `DENSE`.
+            settings: what to try of `settings_of`.
 
         Raises:
             UserError: it does not run here.
@@ -99,15 +107,8 @@ class Case:
         if name in DENSE:
             dense = partial(_dense, DENSE[name], self.joined_dense)
             return Contestant(dense, self.joined_dense, lambda: self.joined_upstream)
-        if name in JOINED:
-            module = _module(name)
-            if problem := module.unavailable(self.image[0].device, self.image[0].dtype):
-                raise UserError(problem)
-            scale = self.image[0].shape[-1] ** -0.5
-            settings = settings or {}
-            sparse = partial(module.attend_to, self.joined, self.layout, scale, **settings)
-            text = " ".join(f"{key}={value}" for key, value in settings.items()) or "defaults"
-            return Contestant(partial(_preferring_cudnn, sparse), self.joined, lambda: self.upstream, text)
+        if name in LIBRARIES:
+            return self._library(name, settings or {})
         if name == "triton":  # whose outputs are one tensor
             ours = partial(attend_joined, self.text, self.image, self.guidance, self.layout, name)
             leaves = [*self.text, *self.image, *self.guidance]
@@ -115,11 +116,29 @@ class Case:
         as_it_comes = partial(attend, self.text, self.image, self.guidance, self.layout, name)
         return Contestant(as_it_comes, [*self.text, *self.image, *self.guidance], lambda: self.upstream)
 
+    def _library(self, name: str, settings: dict[str, int]) -> Contestant:
+        module = _module(name)
+        if problem := module.unavailable(self.image[0].device, self.image[0].dtype):
+            raise UserError(problem)
+        text = " ".join(f"{key}={value}" for key, value in settings.items()) or "defaults"
+        if name in alone.NAMES:
+            sparse = partial(alone.attend_alone, name, self.all_rows, self.layout, **settings)
+            return Contestant(sparse, self.all_rows, lambda: self.upstream, text)
+        scale = self.image[0].shape[-1] ** -0.5
+        sparse = partial(module.attend_to, self.joined, self.layout, scale, **settings)
+        return Contestant(partial(_preferring_cudnn, sparse), self.joined, lambda: self.upstream, text)
+
     def by_stream(self, name: str, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of a contestant's leaves as those of text query, key and value, image's three, guidance's two."""
+        tokens = [self.layout.text, self.layout.image.tokens, self.layout.guidance_tokens]
+        if name in alone.NAMES:
+            query, key, value = gradients
+            by_text, by_image, by_guidance = zip(*(part.split(tokens, dim=1) for part in (key, value)), strict=True)
+            text_query, image_query = query.split(tokens[:2], dim=1)
+            return [text_query, *by_text, image_query, *by_image, *by_guidance]
         if name not in JOINED:
             return list(gradients)
-        found, tokens = Joined(*gradients), [self.layout.text, self.layout.image.tokens, self.layout.guidance_tokens]
+        found = Joined(*gradients)
         apart = []
         for whole, by_text_rows in ((found.key, found.text_key), (found.value, found.text_value)):
             streams = whole.split([padded(count) for count in tokens], dim=1)
@@ -135,12 +154,12 @@ class Case:
 
 
 def settings_of(name: str) -> Sequence[dict[str, int]]:
-    """What is worth trying: settings of a contestant in `JOINED`, none of the others."""
-    return _module(name).SETTINGS if name in JOINED else ({},)
+    """What is worth trying: settings of a contestant in `LIBRARIES`, none of the others."""
+    return _module(name).SETTINGS if name in LIBRARIES else ({},)
 
 
 def _module(name: str) -> ModuleType:
-    return import_module(f"scale_dit.attention.{JOINED[name]}")
+    return import_module(f"scale_dit.attention.{LIBRARIES[name]}")
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""Windows made anew, windows with prompts of their own, and pictures that join themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_bases import SETTINGS, add_random_lora, drive, flux, noise, random_text
+
+from scale_dit.errors import UserError
+from scale_dit.grid import Grid
+from scale_dit.local_control import remake, wrap_shift
+from scale_dit.method import Method
+from scale_dit.models.flux1 import Flux1
+from scale_dit.regions import Region, moved, regions_of
+from scale_dit.sampling import make_scheduler
+from scale_dit.stage import LocalPrompt, Stage
+
+HIGH, WIDE = 16, 20
+METHOD = Method(scale=2, window=4, halo_cells=1, order="hilbert")
+
+
+@pytest.fixture(scope="module")
+def base() -> Flux1:
+    driven = drive(flux())
+    add_random_lora(driven)
+    return driven
+
+
+@pytest.fixture(scope="module")
+def stage(base: Flux1) -> Stage:
+    plan = METHOD.plan(SETTINGS, HIGH * 16, WIDE * 16)
+    return Stage(base, plan, random_text(1, base.transformer), None, 1.0, keys_values(base, plan, draft()))
+
+
+def draft() -> torch.Tensor:
+    return noise(1, 16, HIGH, WIDE, seed=8)
+
+
+@torch.no_grad()
+def keys_values(base: Flux1, plan, latents: torch.Tensor) -> list:
+    tokens = base.pack(latents, plan.layout.guidance_order)
+    return base.guidance_pass(tokens, random_text(1, base.transformer).pooled, plan, 1.0)
+
+
+def scheduler(start: float = 1.0):
+    return make_scheduler(3, 1.0, start, torch.device("cpu"))
+
+
+def touched(rows: slice, columns: slice) -> torch.Tensor:
+    tokens = torch.zeros(HIGH, WIDE, dtype=torch.bool)
+    tokens[rows, columns] = True
+    return tokens
+
+
+@pytest.mark.parametrize("shift_windows", [False, True])
+@torch.no_grad()
+def test_the_box_of_the_whole_picture_is_the_picture(base, stage, shift_windows):
+    method = dataclasses.replace(METHOD, shift_windows=shift_windows)
+    whole = dataclasses.replace(stage, plan=method.plan(SETTINGS, HIGH * 16, WIDE * 16))
+    everything = Region(range(HIGH), range(WIDE), torch.ones(HIGH, WIDE, dtype=torch.bool))
+    latents = noise(1, 16, 2 * HIGH, 2 * WIDE)
+    wanted = whole.velocity(latents, 0.6)
+    torch.testing.assert_close(whole.within(everything).velocity(latents, 0.6), wanted, rtol=0, atol=1e-5)
+    finished = noise(1, 16, 2 * HIGH, 2 * WIDE, seed=1)
+    again = remake(whole, everything, finished, finished, latents, scheduler())
+    torch.testing.assert_close(again, whole.sample(latents, scheduler()), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_box_sees_the_picture_and_the_draft_where_they_are(base, stage):
+    """Where text reads no image, a window reads nothing beyond its box, if the box is wide enough for every block."""
+    transformer = flux()
+    short = drive(transformer)
+    del transformer.transformer_blocks[1:], transformer.single_transformer_blocks[:]
+    plan = METHOD.plan(SETTINGS, HIGH * 16, WIDE * 16)
+    plan = dataclasses.replace(plan, layout=dataclasses.replace(plan.layout, text_reads_image=False))
+    whole = Stage(short, plan, random_text(1, transformer), None, 1.0, keys_values(short, plan, draft()))
+    (region,) = regions_of(plan.layout, touched(slice(5, 6), slice(9, 10)))
+    assert region.tokens < HIGH * WIDE // 2
+    latents, grid = noise(1, 16, 2 * HIGH, 2 * WIDE), plan.layout.image
+    inside = whole.within(region).velocity(region.crop(latents, grid), 0.6)
+    wanted = region.crop(whole.velocity(latents, 0.6), grid)
+    mask = region.mask(inside)
+    torch.testing.assert_close(inside[..., mask], wanted[..., mask], rtol=0, atol=1e-5)
+    elsewhere = dataclasses.replace(region, rows=range(4, 4 + len(region.rows)))
+    other = whole.within(elsewhere).velocity(region.crop(latents, grid), 0.6)
+    assert not torch.allclose(other[..., mask], wanted[..., mask], atol=1e-3), "the ids and the draft matter"
+
+
+@torch.no_grad()
+def test_only_chosen_windows_change(stage):
+    finished, grid = noise(1, 16, 2 * HIGH, 2 * WIDE, seed=1), stage.plan.layout.image
+    steps = []
+    result = finished
+    for region in regions_of(stage.plan.layout, touched(slice(0, 1), slice(4, 8))):
+        eps = noise(1, 16, 2 * HIGH, 2 * WIDE)
+        result = remake(stage, region, result, finished, eps, scheduler(0.7), lambda i, t, x: steps.append(x.shape))
+    chosen = touched(slice(0, 4), slice(4, 8)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(result[..., ~chosen], finished[..., ~chosen])
+    assert (result != finished)[..., chosen].all()
+    assert steps == [(1, 16, 16, 24)] * 3, "the cost is that of the box"
+    assert grid.tokens > 8 * 12
+
+
+@torch.no_grad()
+def test_windows_read_their_own_prompt(base, stage):
+    latents, grid = noise(1, 16, 2 * HIGH, 2 * WIDE), stage.plan.layout.image
+    other = random_text(1, base.transformer, seed=7)
+    regions = regions_of(stage.plan.layout, touched(slice(8, 12), slice(8, 12)))
+    local = dataclasses.replace(stage, local=[LocalPrompt(region, other) for region in regions])
+    plain, both = stage.velocity(latents, 0.6), local.velocity(latents, 0.6)
+    chosen = touched(slice(8, 12), slice(8, 12)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(both[..., ~chosen], plain[..., ~chosen])
+    alone = dataclasses.replace(stage.within(regions[0]), text=other).velocity(regions[0].crop(latents, grid), 0.6)
+    assert torch.equal(both[..., chosen], alone[..., regions[0].mask(alone)])
+    assert not torch.allclose(both[..., chosen], plain[..., chosen], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("image", "draft_grid", "wrap", "image_shift", "draft_shift"),
+    [
+        (Grid(64, 128, 8), Grid(16, 32, 8), "horizontal", (0, 64), (0, 16)),
+        (Grid(64, 128, 8), Grid(16, 32, 8), "both", (32, 64), (8, 16)),
+        (Grid(64, 128, 8), None, "none", (0, 0), (0, 0)),
+        (Grid(64, 72, 8), Grid(16, 18, 8), "horizontal", (0, 32), (0, 8)),
+        (Grid(64, 100, 8), Grid(16, 29, 8), "horizontal", (0, 48), (0, 14)),
+    ],
+)
+def test_pictures_are_moved_by_about_half(image, draft_grid, wrap, image_shift, draft_shift):
+    shift = wrap_shift(image, draft_grid, wrap)
+    assert (shift.image, shift.draft) == (image_shift, draft_shift)
+
+
+def test_an_unknown_wrap_is_named():
+    with pytest.raises(UserError, match="unknown wrap 'vertical': use one of none, horizontal, both"):
+        wrap_shift(Grid(8, 8, 2), None, "vertical")
+
+
+@torch.no_grad()
+def test_a_picture_that_joins_itself_knows_no_edge(base, stage):
+    """Every second step sees the picture and the draft moved by half, so that their edges lie inside."""
+    grid, latents = stage.plan.layout.image, noise(1, 16, 2 * HIGH, 2 * WIDE)
+    shift = wrap_shift(grid, stage.plan.layout.guidance, "both")
+    assert shift.image == (8, 10)
+    assert shift.draft == (4, 5)
+    rolled = dataclasses.replace(stage, keys_values=keys_values(base, stage.plan, draft().roll((8, 10), (-2, -1))))
+    seamless = dataclasses.replace(stage, rolled=rolled, shift=shift.image)
+    two_steps = make_scheduler(2, 1.0, 1.0, torch.device("cpu"))
+    halfway = latents - 0.5 * stage.velocity(latents, 1.0)
+    back = moved(rolled.velocity(moved(halfway, grid, (8, 10)), 0.5), grid, (-8, -10))
+    torch.testing.assert_close(seamless.sample(latents, two_steps), halfway - 0.5 * back, rtol=0, atol=1e-5)
+    assert not torch.allclose(back, stage.velocity(halfway, 0.5), atol=1e-2)
