@@ -86,6 +86,7 @@ def test_weights_by_offloading():
         "decode": weights.autoencoder,
     }  # fmt: skip
     assert weights.resident("group")["refine"] < 0.07 * weights.transformer
+    assert weights.resident("group")["text"] < 0.05 * sum(weights.text)
     in_8_bits = Weights.of(components, "fp8")
     assert in_8_bits.transformer == weights.transformer - in_8_bits.cast
     assert 0.5 * weights.transformer < in_8_bits.transformer < 0.7 * weights.transformer

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers.hooks import apply_group_offloading
 
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
@@ -31,7 +32,7 @@ def apply_memory(
     elif memory.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:
-        encode_ahead(pipeline, prompts, device)
+        encode_ahead(pipeline, prompts, device, by_layers=memory.offload == "group")
         if memory.offload == "group":
             offload_blocks(pipeline.transformer, device)
             pipeline.vae.to(device)
@@ -44,11 +45,20 @@ def store_in_8_bits(transformer: Any) -> None:
     transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
 
 
-def encode_ahead(pipeline: ScaleDiTPipeline, prompts: Iterable[Sequence[str]], device: torch.device) -> None:
-    """Encode all lists of prompts, and drop the text encoders: the base has the answers."""
+def encode_ahead(
+    pipeline: ScaleDiTPipeline, prompts: Iterable[Sequence[str]], device: torch.device, by_layers: bool = False
+) -> None:
+    """Encode all lists of prompts, and drop the text encoders: the base has the answers.
+
+    Args:
+        by_layers: Only the layer that runs is on the device.
+    """
     encoders = {name: part for name in TEXT_PARTS if (part := getattr(pipeline, name, None)) is not None}
     for encoder in encoders.values():
-        encoder.to(device)
+        if by_layers:
+            apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
+        else:
+            encoder.to(device)
     pipeline.base.remember_prompts(prompts)
     nothing = dict.fromkeys(encoders)
     pipeline.register_modules(**nothing)

@@ -29,7 +29,7 @@ class Memory:
 
     Args:
         offload: `none`; `text`: text encoders are dropped once all prompts are encoded; `model`: one part of the base
-            at a time is on the card; `group`: text encoders are dropped, and two blocks at a time are on the card.
+            at a time is on the card; `group`: a layer of the text encoders, then two blocks of the transformer are.
         feed_forward_tokens: Tokens that go through a feed-forward layer at a time; 0: all.
         keys_values: Where the draft's keys and values are: `device` or `host`.
         weights: The transformer's: `native`, as they are loaded, or `fp8`: stored in 8 bits, computed with as before;
@@ -107,13 +107,14 @@ class Weights:
     """Bytes of a base's weights, as they are stored.
 
     Attributes:
-        text: Of each text encoder.
+        text, largest_text_layer: Of each text encoder, and of their largest layer.
         transformer: Of the whole transformer, in its blocks, and of its largest block.
         decoder: Of the autoencoder.
         cast: Numbers that are stored in 8 bits and computed with in more.
     """
 
     text: tuple[int, ...]
+    largest_text_layer: int
     transformer: int
     blocks: int
     largest_block: int
@@ -132,9 +133,14 @@ class Weights:
         def stored(module: nn.Module) -> int:
             return size_of(module) - saved * numbers(module)
 
+        encoders = list(components.text_encoders.values())
         blocks = [stored(block) for block in blocks_of(transformer)]
         return cls(
-            tuple(map(size_of, components.text_encoders.values())),
+            tuple(map(size_of, encoders)),
+            max(
+                (size_of(layer) for each in encoders for layer in each.modules() if not len(list(layer.children()))),
+                default=0,
+            ),
             stored(transformer),
             sum(blocks),
             max(blocks),
@@ -156,7 +162,7 @@ class Weights:
             }  # fmt: skip
         outside = self.transformer - self.blocks + self.autoencoder
         running = outside + ON_DEVICE_AT_ONCE * self.largest_block
-        return {"text": text, "draft": running, "refine": running, "decode": outside}
+        return {"text": self.largest_text_layer, "draft": running, "refine": running, "decode": outside}
 
 
 def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str, int]:

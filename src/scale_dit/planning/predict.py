@@ -94,9 +94,12 @@ class Planner:
 
     def _copied(self, way: Memory) -> dict[str, int]:
         """Bytes of weights that go to the card at the beginning of a stage."""
-        if way.offload != "model":
-            return dict.fromkeys(STAGES, 0)
+        copied = dict.fromkeys(STAGES, 0)
         parts = self.weights
+        if way.offload == "group":
+            return copied | {"text": sum(parts.text)}
+        if way.offload != "model":
+            return copied
         return {
             "text": sum(parts.text), "draft": parts.transformer, "refine": 0, "decode": parts.autoencoder,
         }  # fmt: skip
