@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     files = generate(
         pictures, base, method, sampling, cfg.output,
         lora=default_lora(cfg.lora.path), backend=cfg.attention.name, device=cfg.device, dtype=cfg.dtype,
-        overwrite=cfg.overwrite, config=values,
+        overwrite=cfg.overwrite, memory=hydra.utils.instantiate(cfg.memory), config=values,
     )  # fmt: skip
     print(*files, sep="\n")
 

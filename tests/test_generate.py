@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from small_bases import SETTINGS
 
+from scale_dit.device import choose_device
 from scale_dit.errors import UserError
 from scale_dit.evaluation.pictures import load_picture, read_provenance
 from scale_dit.generation import Picture, Sampling, generate
-from scale_dit.generation.run import choose_device
 from scale_dit.method import Method
 
 ROOT = Path(__file__).resolve().parents[1]

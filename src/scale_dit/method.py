@@ -80,6 +80,13 @@ class Method:
         return {key: getattr(self, key) for key in keys}
 
 
+def draft_plan(base: BaseSettings, height: int, width: int, scale: float) -> Plan:
+    """The plan of the draft under a picture of `height` x `width` px: one window, it reads but text and itself."""
+    full = guidance_grid(Grid.from_pixels(height, width, base.token_size, base.cell), scale)
+    method = Method(windowed=False, guidance=False, order="raster")
+    return method.plan(base, full.height * base.token_size, full.width * base.token_size)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Layouts, token order and rotary ids of one picture.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from scale_dit.decode import decode_tiled
 from scale_dit.errors import UserError
-from scale_dit.grid import Grid, guidance_grid
+from scale_dit.grid import Grid
 from scale_dit.lora import check_record
-from scale_dit.method import Method, Plan
+from scale_dit.method import Plan, draft_plan
 from scale_dit.models.flux1 import Text
 from scale_dit.pipeline_loading import LoadedPipeline
 from scale_dit.pipeline_output import ScaleDiTOutput, StageCost
@@ -168,11 +168,7 @@ class ScaleDiTPipeline(LoadedPipeline):
 
     def draft_plan(self, height: int, width: int, scale: float) -> Plan:
         """The plan of the draft under a picture: one window, nothing to read but text and itself."""
-        token = self.settings.token_size
-        full = guidance_grid(Grid.from_pixels(height, width, token, self.settings.cell), scale)
-        return Method(windowed=False, guidance=False, order="raster").plan(
-            self.settings, full.height * token, full.width * token
-        )
+        return draft_plan(self.settings, height, width, scale)
 
     def draft(
         self,
@@ -255,10 +251,7 @@ class ScaleDiTPipeline(LoadedPipeline):
         return torch.cat([one.to(self._execution_device) for one in noise])
 
     def _scale(self, guidance_scale: float | None, plan: Plan) -> float:
-        if guidance_scale is not None:
-            return guidance_scale
-        refining = self.settings.refine_guidance_scale if plan.layout.guidance is not None else None
-        return self.settings.guidance_scale if refining is None else refining
+        return self.settings.guidance_scale_for(guidance_scale, plan.layout.guidance is not None)
 
     def _scheduler(self, steps: int | None, start: float = 1.0) -> Any:
         steps = self.settings.steps if steps is None else steps
@@ -266,7 +259,7 @@ class ScaleDiTPipeline(LoadedPipeline):
 
     def _encode_negative(self, prompt: str, count: int, *guidance_scales: float) -> Text | None:
         """The text of the second branch of classifier-free guidance, if any stage evaluates it."""
-        if self.settings.distilled or all(each == 1 for each in guidance_scales):
+        if not self.settings.has_negative_branch(*guidance_scales):
             return None
         return self.base.encode_prompts([prompt] * count)
 

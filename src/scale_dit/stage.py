@@ -48,7 +48,7 @@ class Stage:
     text: Text
     negative: Text | None
     guidance_scale: float
-    keys_values: list[KeysValues] | None = None
+    keys_values: Sequence[KeysValues] | None = None
     pull: tuple[Tensor, float] | None = None
     local: Sequence[LocalPrompt] = ()
     rolled: Stage | None = None

@@ -34,7 +34,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Triton compiles for GPUs, in the precisions of deep learning; its interpreter runs anywhere, slowly."""
     if not HAS_TRITON:
         return "Triton is not installed: pip install 'scale-dit[gpu]', or use 'sdpa'."
-    if device.type != "cuda" and not INTERPRETED:
+    if device.type not in ("cuda", "meta") and not INTERPRETED:  # on meta the shapes are worked out, nothing runs
         return f"the Triton kernel does not run on '{device.type}'; use 'sdpa'."
     if dtype not in DTYPES:
         return f"the Triton kernel does not compute in {dtype}; use 'reference' or 'sdpa'."
@@ -73,7 +73,7 @@ def attend_joined(text: tuple, image: tuple, guidance: tuple, layout: Layout, sc
     if not scale > 0:
         raise UserError(f"The factor of the logits is {scale}, but backend 'triton' takes positive ones: use 'sdpa'.")
     parts = tuple(part if part.stride(-1) == 1 else part.contiguous() for part in (*text, *image, *guidance))
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         parts = tuple(part.to(dtype) for part in parts)
     joined, _ = windowed_attention(*parts, layout.json, scale)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from scale_dit.data.cache_store import weights_fingerprint
-from scale_dit.errors import UserError
+from scale_dit.device import choose_device
 from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
@@ -20,29 +20,12 @@ from scale_dit.lora import check_record, file_digest, read_lora
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.memory import Memory
+from scale_dit.planning.run import RunPlan
 from scale_dit.run_record import write_run_record
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERRUPTED_STATUS = 130
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-
-
-def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and dtype by name; `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
-
-    Raises:
-        UserError: Unknown, or not on this machine.
-    """
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"unknown dtype {dtype!r}: use one of auto, {', '.join(DTYPES)}")
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} is not to be had here ({reason}): use device=auto or device=cpu") from error
-    default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return chosen, DTYPES.get(dtype, default)
 
 
 def generate(
@@ -57,6 +40,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
+    memory: Memory | None = None,
     config: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> list[Path]:
@@ -68,6 +52,7 @@ def generate(
         lora: File or folder of the base's LoRA; `None`: none.
         output: Folder of the pictures.
         overwrite: Remove the pictures of an earlier run from it.
+        memory: How memory is saved; by default as far as it has to be.
         config: The resolved config, left in `run.json` beside the pictures.
 
     Returns:
@@ -88,23 +73,32 @@ def generate(
     if len(pending) < len(pictures):
         console.print(f"{len(pictures) - len(pending)} of {len(pictures)} pictures are there already")
     if pending:
-        pipeline = _load(base, method, sampling, lora, backend, place, kind)
-        if not _make_all(pipeline, pending, sampling, folder, console):
+        plan = RunPlan(pending, base, method, sampling, memory or Memory(), backend, place, kind)
+        plan.show(console)
+        pipeline = _load(base, method, sampling, lora, backend, kind)
+        plan.prepare(pipeline)
+        if not _make_all(pipeline, pending, sampling, folder, console, plan):
             console.print(f"Interrupted. The same command with output={folder.path} goes on.", markup=False)
             sys.exit(INTERRUPTED_STATUS)
+        plan.show_actual(console)
     folder.finish(pictures)
     return [folder.path / picture.file_name for picture in pictures]
 
 
 def _make_all(
-    pipeline: ScaleDiTPipeline, pictures: Sequence[Picture], sampling: Sampling, folder: OutputFolder, console: Console
+    pipeline: ScaleDiTPipeline,
+    pictures: Sequence[Picture],
+    sampling: Sampling,
+    folder: OutputFolder,
+    console: Console,
+    plan: RunPlan,
 ) -> bool:
     """Make and write pictures; `False` if Ctrl-C stopped it."""
     work = [_work(pipeline, picture, sampling) for picture in pictures]
     try:
         with GenerationProgress(work, console) as progress:
             for picture in pictures:
-                _make(pipeline, picture, sampling, folder, progress)
+                plan.note(picture, **_make(pipeline, picture, sampling, folder, progress))
     except KeyboardInterrupt:
         return False
     return True
@@ -129,16 +123,16 @@ def _load(
     sampling: Sampling,
     lora: str | Path | None,
     backend: str,
-    device: torch.device,
     dtype: torch.dtype,
 ) -> ScaleDiTPipeline:
+    """The pipeline in host memory."""
     pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=dtype)
     pipeline.configure(base, backend)
     pipeline.method = method
     pipeline.decode_tile, pipeline.decode_overlap = sampling.decode_tile // 8, sampling.decode_tile // 32
     if lora is not None:
         pipeline.load_lora_weights(lora)
-    return pipeline.to(device)
+    return pipeline
 
 
 def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling) -> dict[str, float]:
@@ -156,7 +150,8 @@ def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling) -> d
 
 def _make(
     pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling, folder: OutputFolder, progress: GenerationProgress
-) -> None:
+) -> Mapping[str, Any]:
+    """Make and write one picture; returns its seconds and peak bytes by stage."""
     progress.begin()
     result: Any = pipeline(
         picture.prompt,
@@ -177,3 +172,4 @@ def _make(
     cost: Mapping[str, Any] = {"seconds": result.cost.seconds, "peak_bytes": result.cost.peak_bytes}
     folder.keep(picture, result.images[0], cost)
     progress.end()
+    return cost

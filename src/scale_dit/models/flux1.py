@@ -8,8 +8,7 @@ pass has no text and no noise and needs keys and values only, and the timestep s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,22 +21,15 @@ from scale_dit.attention import avoid_failing_kernels
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
-from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, fuses, project
+from scale_dit.models.chunking import chunked_feed_forward
+from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, block_keys_values, fuses
+from scale_dit.models.hooks import called, calls_transformer
+from scale_dit.models.keys_values import HostKeysValues
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.text import Text
 from scale_dit.quiet import truncating_quietly
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Encoded prompts: `tokens` `[B, T, C]` and `pooled` `[B, P]`."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-    def __getitem__(self, rows: slice) -> Text:
-        return Text(self.tokens[rows], self.pooled[rows])
 
 
 class Flux1:
@@ -49,6 +41,11 @@ class Flux1:
         settings: The base's geometry.
         backend: Attention backend, see `scale_dit.attention`.
         gradient_checkpointing: Recompute blocks in the backward pass.
+
+    Attributes:
+        feed_forward_tokens: Tokens that go through a feed-forward layer at a time; `None`: all.
+        keys_values_on_host: Keep the draft's keys and values in host memory.
+        known_texts: Prompts that were encoded ahead, in host memory.
     """
 
     def __init__(
@@ -60,6 +57,9 @@ class Flux1:
     ):
         self.pipeline, self.settings, self.backend = pipeline, settings, backend
         self.gradient_checkpointing = gradient_checkpointing
+        self.feed_forward_tokens: int | None = None
+        self.keys_values_on_host = False
+        self.known_texts: dict[tuple[str, ...], Text] = {}
         self.guidance_adapters: tuple[str, ...] = ()
         self.image_adapters: tuple[str, ...] = ()
         avoid_failing_kernels(self.transformer.config.attention_head_dim)
@@ -124,6 +124,8 @@ class Flux1:
 
         What CLIP cuts at 77 tokens as ever is not worth one: the transformer sees only its pooled vector.
         """
+        if (known := self.known_texts.get(tuple(prompts))) is not None:
+            return known.to(self.device)
         length = self.settings.text_length
         for prompt in dict.fromkeys(prompts):
             ids = self.pipeline.tokenizer_2(prompt, truncation=False, verbose=False).input_ids
@@ -133,6 +135,10 @@ class Flux1:
         with truncating_quietly():
             tokens, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=length)
         return Text(tokens.to(self.dtype), pooled.to(self.dtype))
+
+    def remember_prompts(self, groups: Iterable[Sequence[str]]) -> None:
+        """Encode lists of prompts now, so that `encode_prompts` needs no text encoders for them later."""
+        self.known_texts |= {tuple(prompts): self.encode_prompts(prompts).to("cpu") for prompts in groups}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -169,7 +175,8 @@ class Flux1:
         token_px = self.pipeline.vae_scale_factor * 2
         return FluxPipeline._unpack_latents(raster, height * token_px, width * token_px, self.pipeline.vae_scale_factor)
 
-    def guidance_pass(self, tokens: Tensor, pooled: Tensor, plan: Plan, guidance_scale: float) -> list[KeysValues]:
+    @calls_transformer
+    def guidance_pass(self, tokens: Tensor, pooled: Tensor, plan: Plan, guidance_scale: float) -> Sequence[KeysValues]:
         """Keys and values of the draft's tokens in every block: the base with the LoRA, at timestep 0.
 
         They depend on the draft and the pooled prompt alone, so one pass serves all steps and both branches of
@@ -183,7 +190,6 @@ class Flux1:
         Returns:
             For each block, keys and values `[B, L, H, D]`.
         """
-        self._onload()
         with active_adapters(self.transformer, self.guidance_adapters):
             hidden = self.transformer.x_embedder(tokens.to(self.dtype))
         time = torch.zeros(len(tokens), device=tokens.device)
@@ -197,17 +203,18 @@ class Flux1:
             attention = BlockAttention(plan.guidance_layout, self.backend, recorded=recorded)
             _, hidden = self._run(block, self.guidance_adapters, hidden, no_text, embedding, rotary, attention)
             keys_values += recorded
-        with active_adapters(last, self.guidance_adapters):
-            keys_values.append(_block_keys_values(last, hidden, embedding, rotary, fuses(self.backend)))
-        return keys_values
+        with called(last), active_adapters(last, self.guidance_adapters):
+            keys_values.append(block_keys_values(last, hidden, embedding, rotary, fuses(self.backend)))
+        return HostKeysValues(keys_values) if self.keys_values_on_host else keys_values
 
+    @calls_transformer
     def image_pass(
         self,
         tokens: Tensor,
         text: Text,
         time: Tensor,
         plan: Plan,
-        guidance: list[KeysValues] | None,
+        guidance: Sequence[KeysValues] | None,
         guidance_scale: float,
     ) -> Tensor:
         """Velocity of the image tokens: the base over text and image, reading the draft's keys and values.
@@ -223,7 +230,6 @@ class Flux1:
         transformer = self.transformer
         if text.tokens.shape[1] != plan.layout.text:
             raise UserError(f"{text.tokens.shape[1]} text tokens were given, but the plan is for {plan.layout.text}.")
-        self._onload()
         with active_adapters(transformer, self.image_adapters):
             image = transformer.x_embedder(tokens.to(self.dtype))
         embedding = self._time_embedding(time, guidance_scale, text.pooled)
@@ -235,11 +241,6 @@ class Flux1:
             attention = BlockAttention(plan.layouts[index % 2], self.backend, block_guidance)
             words, image = self._run(block, self.image_adapters, image, words, embedding, rotary, attention)
         return transformer.proj_out(transformer.norm_out(image, embedding))
-
-    def _onload(self) -> None:
-        """Let a hook of `enable_model_cpu_offload` bring the transformer, whose `forward` is never called here."""
-        if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
-            hook.pre_forward(self.transformer)
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -258,7 +259,7 @@ class Flux1:
         """One block with the given adapters, also when it is recomputed in the backward pass."""
 
         def forward(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-            with active_adapters(block, adapters):
+            with active_adapters(block, adapters), chunked_feed_forward(block, self.feed_forward_tokens):
                 return block(
                     hidden_states=image,
                     encoder_hidden_states=text,
@@ -288,12 +289,3 @@ class Flux1:
 
         stretched = FluxPosEmbed(ntk_theta(embed.theta, ntk, max(embed.axes_dim)), embed.axes_dim)
         return stretched(ids.to(device))
-
-
-def _block_keys_values(
-    block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor], fused: bool
-) -> KeysValues:
-    """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
-    norm = block.norm1 if hasattr(block, "norm1") else block.norm
-    _, key, value = project(block.attn, norm(hidden, emb=embedding)[0], rotary, fused)
-    return key, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -71,6 +72,7 @@ class LayoutAttnProcessor:
         if encoder_hidden_states is None:
             return attend_joined(*streams, block_attention.layout, backend).flatten(2)
         text_out, image_out = attend(*streams, block_attention.layout, backend)
+        del streams, text, image  # the output projection needs the room
         return attn.to_out[1](attn.to_out[0](image_out.flatten(2))), attn.to_add_out(text_out.flatten(2))
 
 
@@ -101,10 +103,21 @@ def project(attn: FluxAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], 
 
     Queries and keys are normalised and turned to their places; `rotary` is cosine and sine, `[S, D]` each.
     """
-    query, key, value = (
-        projection(hidden).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.to_q, attn.to_k, attn.to_v)
+    # One after the other, so that only one is there twice, as projected and as turned.
+    query, key = (
+        norm_and_rotate(projection(hidden).unflatten(-1, (-1, attn.head_dim)), norm, rotary, fused)
+        for projection, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
     )
-    return norm_and_rotate(query, attn.norm_q, rotary, fused), norm_and_rotate(key, attn.norm_k, rotary, fused), value
+    return query, key, attn.to_v(hidden).unflatten(-1, (-1, attn.head_dim))
+
+
+def block_keys_values(
+    block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor], fused: bool
+) -> KeysValues:
+    """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
+    norm = block.norm1 if hasattr(block, "norm1") else block.norm
+    _, key, value = project(block.attn, norm(hidden, emb=embedding)[0], rotary, fused)
+    return key, value
 
 
 def project_text(attn: FluxAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], fused: bool) -> QueryKeyValue:

@@ -72,6 +72,17 @@ class BaseSettings:
         if self.refine_guidance_scale is not None:
             check_guidance_scale("base.refine_guidance_scale", self.refine_guidance_scale)
 
+    def guidance_scale_for(self, given: float | None, reads_draft: bool) -> float:
+        """The guidance scale of a stage: the one given, else the base's for pictures that read a draft or do not."""
+        if given is not None:
+            return given
+        refining = self.refine_guidance_scale if reads_draft else None
+        return self.guidance_scale if refining is None else refining
+
+    def has_negative_branch(self, *guidance_scales: float) -> bool:
+        """Whether any of these scales asks for the second branch of classifier-free guidance."""
+        return not self.distilled and any(scale != 1 for scale in guidance_scales)
+
     def save(self, folder: str | Path) -> None:
         """Write the settings beside a base's weights, so that a pipeline can be loaded from the folder alone."""
         record = asdict(self) | {"path": "", "lora": None}

@@ -1,0 +1,218 @@
+"""Seconds and peak memory of FLUX.1's shape on one GPU, beside what was planned. Each command takes below 500 s.
+
+python experiments/memory/measure.py steps --px 4096
+python experiments/memory/measure.py pictures --px 2048 4096
+python experiments/memory/measure.py pictures --px 8192 --steps 8
+python experiments/memory/measure.py pictures --px 2048 4096 8192 --steps 1 --cap 40
+python experiments/memory/measure.py least --px 2048 4096 8192
+python experiments/memory/run.py
+
+Caps are enforced with `torch.cuda.set_per_process_memory_fraction`. Rows go to steps.csv, pictures.csv and least.csv
+in this folder, or in the one that --to names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from random_flux1 import random_pipeline, random_transformer, write_configs
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scale_dit.benchmark.timing import need_gpu
+from scale_dit.evaluation.studies import add_rows
+from scale_dit.generation.pictures import Picture, Sampling
+from scale_dit.method import Method
+from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.settings import BaseSettings
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.memory import PART, Memory
+from scale_dit.planning.run import RunPlan
+
+HERE = Path(__file__).parent
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+PROMPT = "a harbour at dawn"
+FULL_STEPS = 28
+WARM_PX = 512
+DENSE = "stock_eager", "stock_compiled"
+WINDOWED = "windowed_eager", "windowed_low_memory", "windowed_compiled"
+
+
+def cap_memory(gb: float | None) -> None:
+    """Let torch have no more than `gb` GB of the card; `None`: all of it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if gb is None else min(1.0, gb * 1e9 / total))
+
+
+def peak_and_seconds(code: Callable[[], object]) -> tuple[float, float]:
+    """GB at most, and seconds, of a call that ran once before."""
+    code()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    code()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e9, time.perf_counter() - began
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+@torch.no_grad()
+def measure_steps(options: argparse.Namespace) -> None:
+    """One denoising step of the picture: stock and windowed, eager and compiled, weights on the card."""
+    transformer = random_transformer()
+    for px in options.px:
+        for kind in options.kinds:
+            step = _stock_step(transformer, px) if kind in DENSE else _windowed_step(transformer, px, kind)
+            if kind.endswith("compiled"):
+                for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+                    block.compile()
+            peak, seconds = peak_and_seconds(step)
+            for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+                block._compiled_call_impl = None
+            torch._dynamo.reset()
+            row = {"px": px, "kind": kind, "seconds": f"{seconds:.4f}", "peak_gb": f"{peak:.3f}"}
+            add_rows(options.to / "steps.csv", [row], ("px", "kind"))
+            print(*row.values(), flush=True)
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _stock_step(transformer: Any, px: int) -> Callable[[], object]:
+    transformer.set_attn_processor(FluxAttnProcessor())
+    tokens = (px // 16) ** 2
+    inputs = {
+        "hidden_states": random(1, tokens, 64), "encoder_hidden_states": random(1, 512, 4096),
+        "pooled_projections": random(1, 768), "timestep": random(1).abs(), "guidance": random(1).abs(),
+        "img_ids": torch.zeros(tokens, 3, device=DEVICE), "txt_ids": torch.zeros(512, 3, device=DEVICE),
+    }  # fmt: skip
+
+    def step() -> object:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return transformer(**inputs)
+
+    return step
+
+
+def _windowed_step(transformer: Any, px: int, kind: str) -> Callable[[], object]:
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    settings = BaseSettings(name="flux1_dev")
+    base = Flux1(FluxPipeline(**dict.fromkeys(names), transformer=transformer), settings)
+    plan = Method(scale=px / settings.native).plan(settings, px, px)
+    text = Text(random(1, plan.layout.text, 4096), random(1, 768))
+    if kind == "windowed_low_memory":
+        base.feed_forward_tokens, base.keys_values_on_host = PART, True
+    guidance = base.guidance_pass(random(1, plan.layout.guidance_tokens, 64), text.pooled, plan, 3.5)
+    tokens, moment = random(1, plan.layout.image.tokens, 64), torch.full((1,), 0.5, device=DEVICE)
+    return lambda: base.image_pass(tokens, text, moment, plan, guidance, 3.5)
+
+
+class Run:
+    """A pipeline with random weights, planned and prepared as `generate` does it."""
+
+    def __init__(self, sizes: list[int], steps: int, memory: Memory):
+        settings = write_configs(Path(tempfile.mkdtemp()))
+        method, self.sampling = Method(), Sampling(steps=steps, draft_steps=steps)
+        pictures = [Picture(index, PROMPT, "", index, px, px) for index, px in enumerate(sizes)]
+        self.plan = RunPlan(pictures, settings, method, self.sampling, memory, "auto", DEVICE, DTYPE)
+        self.pipeline: ScaleDiTPipeline = random_pipeline(settings)
+        self.pipeline.method = method
+        self.pipeline.decode_tile, self.pipeline.decode_overlap = 128, 32
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.plan.prepare(self.pipeline)
+        self.text_peak = torch.cuda.max_memory_allocated()
+        print(self.plan.memory, flush=True)
+        self.make(WARM_PX)
+
+    def make(self, px: int) -> Any:
+        """Seconds and peak bytes by stage of one picture."""
+        torch.cuda.empty_cache()
+        generator = torch.Generator().manual_seed(0)
+        return self.pipeline(
+            PROMPT, px, px, num_inference_steps=self.sampling.steps, draft_steps=self.sampling.draft_steps,
+            generator=generator, output_type="pt",
+        ).cost  # fmt: skip
+
+
+def measure_pictures(options: argparse.Namespace) -> None:
+    """Whole pictures, or fewer steps of them, in the way that `memory=auto` chooses under a cap."""
+    cap_memory(options.cap)
+    run = Run(options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
+    for px in options.px:
+        cost = run.make(px)
+        planned = run.plan.planner.predict(px, px, run.plan.memory)
+        rows = []
+        for stage in planned.seconds:
+            peak = max(cost.peak_bytes[stage], run.text_peak if stage == "text" else 0)
+            rows.append(
+                {
+                    "px": px, "cap_gb": options.cap or "", "way": str(run.plan.memory), "steps": options.steps,
+                    "stage": stage, "seconds": f"{cost.seconds[stage]:.4f}",
+                    "planned_seconds": f"{planned.seconds[stage]:.4f}", "peak_gb": f"{peak / 1e9:.3f}",
+                    "planned_peak_gb": f"{planned.peak_bytes[stage] / 1e9:.3f}",
+                }
+            )  # fmt: skip
+            print(*rows[-1].values(), flush=True)
+        add_rows(options.to / "pictures.csv", rows, ("px", "stage"))
+
+
+def measure_least(options: argparse.Namespace) -> None:
+    """The lowest cap, in whole GB, under which a picture is made with the least memory that leaves it as it is."""
+    run = Run(options.px, 1, Memory("group", 4096, "host"))
+    for px in options.px:
+        cost = run.make(px)
+        allocated = max(cost.peak_bytes.values())
+        cap = max(1, -(-allocated // 10**9))
+        while True:
+            cap_memory(cap)
+            try:
+                run.make(px)
+                break
+            except torch.OutOfMemoryError:
+                print(f"{px} px do not fit into {cap} GB", flush=True)
+                gc.collect()
+                cap += 1
+        cap_memory(None)
+        planned = run.plan.planner.predict(px, px, run.plan.memory)
+        row = {
+            "px": px, "way": str(run.plan.memory), "least_cap_gb": cap, "peak_gb": f"{allocated / 1e9:.3f}",
+            "planned_peak_gb": f"{max(planned.peak_bytes[s] for s in ('draft', 'refine', 'decode')) / 1e9:.3f}",
+            "text_peak_gb": f"{run.text_peak / 1e9:.3f}", "refine_seconds_a_step": f"{cost.seconds['refine']:.3f}",
+        }  # fmt: skip
+        add_rows(options.to / "least.csv", [row], ("px",))
+        print(*row.values(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, code in (("steps", measure_steps), ("pictures", measure_pictures), ("least", measure_least)):
+        command = commands.add_parser(name, help=code.__doc__)
+        command.set_defaults(code=code)
+        command.add_argument("--px", type=int, nargs="+", required=True, help="sides of the pictures")
+        command.add_argument("--to", type=Path, default=HERE, help="folder of the table")
+        if name == "steps":
+            command.add_argument("--kinds", nargs="+", default=[*DENSE, *WINDOWED], choices=[*DENSE, *WINDOWED])
+        if name == "pictures":
+            command.add_argument("--steps", type=int, default=FULL_STEPS, help="below 28, times are extrapolated")
+            command.add_argument("--cap", type=float, help="GB of the card that may be used")
+    options = parser.parse_args()
+    need_gpu()
+    options.code(options)
+
+
+if __name__ == "__main__":
+    main()

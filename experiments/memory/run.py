@@ -1,0 +1,160 @@
+"""What pictures of FLUX.1's shape take, from the tables of measure.py into README.md and the figures.
+
+python experiments/memory/measure.py ...        on a GPU, see README.md
+python experiments/memory/run.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from scale_dit.errors import UserError
+from scale_dit.evaluation.figures import FigureRow, figures_file, merge_rows, read_figures, rounded
+from scale_dit.evaluation.quotes import update_document
+from scale_dit.evaluation.studies import fill_table
+
+HERE = Path(__file__).parent
+STAGES = ("text", "draft", "refine", "decode")
+SIDES = {2048: "2k", 4096: "4k", 8192: "8k"}
+FULL_STEPS = 28
+MACHINE = ("machine", "versions")
+PROVENANCE = ("command", "machine", "versions", "commit", "date")
+KINDS = {
+    "stock_eager": "stock, dense", "stock_compiled": "stock, dense, compiled", "windowed_eager": "windowed",
+    "windowed_low_memory": "windowed, feed-forward by parts, keys and values on the host",
+    "windowed_compiled": "windowed, compiled",
+}  # fmt: skip
+
+Row = Mapping[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of one table, all of one machine; none if there is no such table.
+
+    Raises:
+        UserError: they are from different machines or versions.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for column in MACHINE:
+        if len(found := sorted({row[column] for row in rows})) > 1:
+            raise UserError(
+                f"rows of {path} differ in {column} ({'; '.join(found)}), but they are compared with each other: "
+                f"delete the older ones, or measure all anew"
+            )
+    return rows
+
+
+def figure(name: str, value: float, unit: str, row: Row, n: int | None = None) -> FigureRow:
+    """A figure that was measured where a row was."""
+    return FigureRow(name, rounded(value), unit, None, None, n, **{key: row[key] for key in PROVENANCE})
+
+
+def step_figures(rows: Sequence[Row]) -> list[FigureRow]:
+    """The windowed step at 4096 px over the stock one: the faster of eager and compiled, and memory, both eager."""
+    kinds = {row["kind"]: row for row in rows if row["px"] == "4096"}
+    found = []
+    ours = [row for name, row in kinds.items() if name in ("windowed_eager", "windowed_compiled")]
+    if ours and "stock_compiled" in kinds:
+        best = min(ours, key=lambda row: float(row["seconds"]))
+        ratio = float(best["seconds"]) / float(kinds["stock_compiled"]["seconds"])
+        found.append(figure("step_4k_over_dense", ratio, "ratio", best))
+    if {"windowed_low_memory", "stock_eager"} <= kinds.keys():
+        least, stock = kinds["windowed_low_memory"], kinds["stock_eager"]
+        ratio = float(least["peak_gb"]) / float(stock["peak_gb"])
+        found.append(figure("refine_4k_memory_over_dense", ratio, "ratio", least))
+    return found
+
+
+def seconds(row: Row, column: str = "seconds") -> float:
+    """Seconds of a stage in a picture of 28 steps; extrapolated where fewer were measured."""
+    share = FULL_STEPS / int(row["steps"]) if row["stage"] in ("draft", "refine") else 1.0
+    return share * float(row[column])
+
+
+def picture_figures(rows: Sequence[Row]) -> list[FigureRow]:
+    """Seconds and peaks of pictures without a cap, and the largest errors of their plans."""
+    found = []
+    free = [row for row in rows if not row["cap_gb"]]
+    for row in free:
+        if (side := SIDES[int(row["px"])]) != "2k":
+            unit = "s" if int(row["steps"]) == FULL_STEPS or row["stage"] in ("text", "decode") else "s, extrapolated"
+            name = f"picture_{side}_seconds_{row['stage']}"
+            found.append(figure(name, seconds(row), unit, row, int(row["steps"])))
+            found.append(figure(f"picture_{side}_peak_gb_{row['stage']}", float(row["peak_gb"]), "GB", row))
+    errors = []
+    for px in sorted({row["px"] for row in free}):
+        stages = [row for row in free if row["px"] == px]
+        taken, planned = (sum(seconds(row, column) for row in stages) for column in ("seconds", "planned_seconds"))
+        errors.append(abs(planned / taken - 1))
+    if free:
+        found.append(figure("plan_error_seconds", max(errors), "share", free[-1], len(errors)))
+        memory = [abs(float(row["planned_peak_gb"]) / float(row["peak_gb"]) - 1) for row in rows]
+        found.append(figure("plan_error_memory", max(memory), "share", free[-1], len(memory)))
+    return found
+
+
+def least_figures(rows: Sequence[Row]) -> list[FigureRow]:
+    """The least memory: the cap under which draft, refine and decode ran, or what encoding the prompts takes."""
+    return [
+        figure(f"min_gpu_gb_{SIDES[int(row['px'])]}", max(float(row["least_cap_gb"]), float(row["text_peak_gb"])),
+               "GB", row)
+        for row in rows
+    ]  # fmt: skip
+
+
+def write_tables(
+    steps: Sequence[Row], pictures: Sequence[Row], least: Sequence[Row], figures: Sequence[FigureRow]
+) -> None:
+    """The tables of README.md, and the figures quoted in it."""
+    readme = HERE / "README.md"
+    quoted = [[each.name, f"<!-- figure:{each.name} .3g --><!-- /figure -->", each.unit] for each in figures]
+    if quoted:
+        fill_table(readme, ["figure", "", ""], quoted, "figures")
+    if steps:
+        lines = [[row["px"], KINDS[row["kind"]], row["seconds"], row["peak_gb"]] for row in steps]
+        fill_table(readme, ["px", "one step", "s", "peak GB"], lines, "steps")
+    if pictures:
+        lines = [
+            [
+                row["px"], row["cap_gb"] or "none", row["stage"], *_beside(row), row["planned_peak_gb"],
+                row["peak_gb"], row["way"].replace("memory.", ""),
+            ]
+            for row in pictures
+        ]  # fmt: skip
+        header = ["px", "cap, GB", "stage", "steps", "planned s", "s", "planned GB", "GB", "memory"]
+        fill_table(readme, header, lines, "pictures")
+    if least:
+        lines = [
+            [row["px"], row["least_cap_gb"], row["peak_gb"], row["text_peak_gb"], row["refine_seconds_a_step"]]
+            for row in least
+        ]
+        fill_table(readme, ["px", "least cap, GB", "peak GB", "encoding, GB", "s a step"], lines, "least")
+    update_document(readme, read_figures(figures_file()))
+
+
+def _beside(row: Row) -> tuple[str, str, str]:
+    """Steps, planned and measured seconds of a whole picture."""
+    mark = "" if int(row["steps"]) == FULL_STEPS or row["stage"] in ("text", "decode") else " (extrapolated)"
+    return row["steps"], f"{seconds(row, 'planned_seconds'):.3g}", f"{seconds(row):.3g}{mark}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=Path, default=HERE, help="folder of the tables of measure.py")
+    tables = parser.parse_args().tables
+    steps, pictures, least = (read(tables / f"{name}.csv") for name in ("steps", "pictures", "least"))
+    if not (steps or pictures or least):
+        raise UserError(f"there is no table in {tables}: write them with experiments/memory/measure.py, on a GPU")
+    measured = [*step_figures(steps), *picture_figures(pictures), *least_figures(least)]
+    merge_rows(measured, figures_file())
+    write_tables(steps, pictures, least, measured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Where and in which precision to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from scale_dit.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and dtype by name; `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
+
+    Raises:
+        UserError: Unknown, or not on this machine.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"unknown dtype {dtype!r}: use one of auto, {', '.join(DTYPES)}")
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} is not to be had here ({reason}): use device=auto or device=cpu") from error
+    default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return chosen, DTYPES.get(dtype, default)

@@ -1,0 +1,77 @@
+"""Bring a pipeline whose weights were loaded into host memory to the device, in the way that was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers.hooks import apply_group_offloading
+
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.memory import Memory
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+
+
+def apply_memory(
+    pipeline: ScaleDiTPipeline, memory: Memory, device: torch.device, prompts: Iterable[Sequence[str]] = ()
+) -> None:
+    """Place a pipeline's parts, with its LoRA, as `memory` says.
+
+    Args:
+        memory: What was chosen: nothing in it is `auto`.
+        prompts: Every list of prompts that will be encoded, where text encoders do not stay.
+    """
+    pipeline.base.feed_forward_tokens = memory.tokens
+    pipeline.base.keys_values_on_host = memory.keys_values == "host"
+    if memory.weights == "fp8":
+        store_in_8_bits(pipeline.transformer)
+    if memory.offload == "none":
+        pipeline.to(device)
+    elif memory.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        encode_ahead(pipeline, prompts, device, by_layers=memory.offload == "group")
+        if memory.offload == "group":
+            offload_blocks(pipeline.transformer, device)
+            pipeline.vae.to(device)
+        else:
+            pipeline.to(device)
+
+
+def store_in_8_bits(transformer: Any) -> None:
+    """Keep weights of linear layers in 8 bits, widened for each product; modulation and LoRA stay as they are."""
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
+
+
+def encode_ahead(
+    pipeline: ScaleDiTPipeline, prompts: Iterable[Sequence[str]], device: torch.device, by_layers: bool = False
+) -> None:
+    """Encode all lists of prompts, and drop the text encoders: the base has the answers.
+
+    Args:
+        by_layers: Only the layer that runs is on the device.
+    """
+    encoders = {name: part for name in TEXT_PARTS if (part := getattr(pipeline, name, None)) is not None}
+    for encoder in encoders.values():
+        if by_layers:
+            apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
+        else:
+            encoder.to(device)
+    pipeline.base.remember_prompts(prompts)
+    nothing = dict.fromkeys(encoders)
+    pipeline.register_modules(**nothing)
+    pipeline.base.pipeline.register_modules(**nothing)
+
+
+def offload_blocks(transformer: Any, device: torch.device) -> None:
+    """Keep the transformer's blocks in host memory; on a GPU the next one is copied while one computes.
+
+    The blocks' order is seen in the first pass; see `scale_dit.models.hooks` on how the hooks come to run.
+    """
+    on_gpu = device.type == "cuda"
+    transformer.enable_group_offload(
+        onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=on_gpu,
+        record_stream=on_gpu,
+    )  # fmt: skip

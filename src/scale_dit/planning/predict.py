@@ -1,0 +1,161 @@
+"""What a picture will take, stage by stage, and which way of saving memory lets it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from scale_dit.errors import UserError
+from scale_dit.planning.components import Components, blocks_of
+from scale_dit.planning.machine import Machine
+from scale_dit.planning.memory import Memory, Weights, peaks
+from scale_dit.planning.work import Tracer, Work
+
+STAGES = ("text", "draft", "refine", "decode")
+FP8_CAST_BYTES = 3
+"""Bytes that are moved to widen a number from 8 bits to 16."""
+SIZE_STEP = 0.97
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one picture of `height` x `width` px, made in the given way.
+
+    Attributes:
+        seconds, peak_bytes: By stage; stages that do not run are left out.
+    """
+
+    height: int
+    width: int
+    memory: Memory
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of all stages."""
+        return max(self.peak_bytes.values())
+
+
+@dataclass
+class Planner:
+    """Predicts and chooses for pictures on one base and machine.
+
+    Args:
+        tracer: Says what there is to do.
+        components: The base's parts without weights.
+        machine: Says how fast it is done.
+        settings: What the user leaves open, and what not.
+        on_gpu: Whether pictures are made on a GPU.
+    """
+
+    tracer: Tracer
+    components: Components
+    machine: Machine
+    settings: Memory
+    on_gpu: bool
+    weights: Weights = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = Weights.of(self.components, self.settings.weights)
+        self.ways = list(self.settings.ways(self.on_gpu))
+        self.predict = lru_cache(maxsize=None)(self._predict)
+
+    def _predict(self, height: int, width: int, way: Memory) -> Prediction:
+        """Seconds and peak bytes of every stage of a picture."""
+        work = self.tracer.work(height, width, way.tokens)
+        blocks = len(blocks_of(self.components.transformer))
+        peak_bytes = peaks(work, self.weights, way, blocks)
+        seconds = self._seconds(work, way)
+        return Prediction(height, width, way, {name: seconds[name] for name in peak_bytes}, peak_bytes)
+
+    def _seconds(self, work: Work, way: Memory) -> dict[str, float]:
+        spent = self.machine.seconds
+        copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
+        draft_steps = work.draft_steps if work.draft is not None else 0
+        draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
+        refine = self._passes(spent(work.refine), work.refine_steps, way)
+        refine += self._passes(spent(work.guidance), 1, way) if work.guidance is not None else 0.0
+        return {
+            "text": spent(work.text) + copied["text"],
+            "draft": draft + copied["draft"],
+            "refine": refine,
+            "decode": work.tiles * spent(work.tile) + copied["decode"],
+        }
+
+    def _passes(self, seconds: float, count: int, way: Memory) -> float:
+        """Seconds of `count` steps; weights that are not on the card come while others compute, or it waits."""
+        seconds += FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
+        if way.offload == "group":
+            seconds = max(seconds, self.weights.blocks / self.machine.host_copy)
+        return count * seconds
+
+    def _copied(self, way: Memory) -> dict[str, int]:
+        """Bytes of weights that go to the card at the beginning of a stage."""
+        copied = dict.fromkeys(STAGES, 0)
+        parts = self.weights
+        if way.offload == "group":
+            return copied | {"text": sum(parts.text)}
+        if way.offload != "model":
+            return copied
+        return {
+            "text": sum(parts.text), "draft": parts.transformer, "refine": 0, "decode": parts.autoencoder,
+        }  # fmt: skip
+
+    def choose(self, sizes: Sequence[tuple[int, int]], limit: int) -> Memory:
+        """The fastest way in which pictures of all sizes (height, width) fit into `limit` bytes.
+
+        Raises:
+            UserError: There is none; with the largest size of the same shape that fits.
+        """
+        largest = max(sizes, key=math.prod)
+        for way in self.ways:
+            if self.predict(*largest, way).peak <= limit:
+                return way
+        raise UserError(self._refusal(*largest, limit))
+
+    def _refusal(self, height: int, width: int, limit: int) -> str:
+        least = min((self.predict(height, width, way) for way in self.ways), key=lambda found: found.peak)
+        stage = max(least.peak_bytes, key=lambda name: least.peak_bytes[name])
+        message = (
+            f"a picture of {width} x {height} px needs {gb(least.peak)} GB in the stage {stage!r}, even with "
+            f"{least.memory}, but {gb(limit)} GB are free"
+        )
+        size = self._largest(height, width, least.memory, limit)
+        if size is None:
+            return f"{message}; so little that not even a small picture fits: use a card with more memory, or base=tiny"
+        return f"{message}. The largest of this shape that fits: height={size[0]} width={size[1]}"
+
+    def _largest(self, height: int, width: int, way: Memory, limit: int) -> tuple[int, int] | None:
+        """The largest size of the same shape that fits: on the lines along which stages' memory grows with the area."""
+        base, area = self.tracer.base, height * width
+        smallest = base.token_size * (self.tracer.method.window or base.window)
+        if self.predict(*self._sized(height, width, smallest / min(height, width)), way).peak > limit:
+            return None
+        half = self._sized(height, width, 0.5)
+        lows, highs = (self.predict(*size, way).peak_bytes for size in (half, (height, width)))
+        half_area = math.prod(half) / area
+        shares = [
+            half_area + (limit - low) / (highs[stage] - low) * (1 - half_area)
+            for stage, low in lows.items()
+            if highs[stage] > low
+        ]
+        side = math.sqrt(max(0.0, min(1.0, *shares)))
+        while side * min(height, width) > smallest:
+            size = self._sized(height, width, side)
+            if self.predict(*size, way).peak <= limit:
+                return size
+            side *= SIZE_STEP
+        return self._sized(height, width, smallest / min(height, width))
+
+    def _sized(self, height: int, width: int, share: float) -> tuple[int, int]:
+        """A size `share` as large a side, in whole tokens."""
+        token = self.tracer.base.token_size
+        return max(1, int(height * share) // token) * token, max(1, int(width * share) // token) * token
+
+
+def gb(count: float) -> str:
+    """Bytes as GB (10**9), two digits or more."""
+    return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"

@@ -1,0 +1,92 @@
+"""The plan of a run: made before weights are loaded, put into effect after, and held against what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from scale_dit.method import Method
+from scale_dit.models.settings import BaseSettings
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.apply import apply_memory
+from scale_dit.planning.calibrate import measure
+from scale_dit.planning.components import Components
+from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name, find_machine, free_bytes
+from scale_dit.planning.memory import Memory
+from scale_dit.planning.predict import Planner
+from scale_dit.planning.report import Actual, before
+from scale_dit.planning.work import Tracer
+
+if TYPE_CHECKING:
+    from scale_dit.generation.pictures import Picture, Sampling
+
+MARGIN = 0.95
+"""Share of the free memory that a plan may use: allocators lose some between tensors."""
+
+
+class RunPlan:
+    """How the pictures of a run are made.
+
+    Args:
+        pictures: All that are to be made.
+        base, method, sampling: How.
+        memory: What the user set.
+        backend: Attention backend.
+        device, dtype: Where, and in which precision.
+
+    Raises:
+        UserError: The largest picture does not fit in any way that is left open; with the largest size that does.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        base: BaseSettings,
+        method: Method,
+        sampling: Sampling,
+        memory: Memory,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.pictures, self.base, self.sampling, self.device = pictures, base, sampling, device
+        components = Components.of(base, dtype)
+        tracer = Tracer(base, method, sampling, components, backend, device)
+        self.machine = machine_of(device, dtype)
+        self.planner = Planner(tracer, components, self.machine, memory, device.type == "cuda")
+        self.limit = int(MARGIN * free_bytes(device)) if memory.limit_gb is None else int(memory.limit_gb * 1e9)
+        self.memory = self.planner.choose([(each.height, each.width) for each in pictures], self.limit)
+        self.actual = Actual()
+
+    def show(self, console: Console) -> None:
+        """Print what the largest picture will take."""
+        largest = max(self.pictures, key=lambda each: each.height * each.width)
+        found = self.planner.predict(largest.height, largest.width, self.memory)
+        console.print(before(found, len(self.pictures), self.limit, self.machine.name))
+
+    def prepare(self, pipeline: ScaleDiTPipeline) -> None:
+        """Bring a pipeline that is in host memory to the device as planned."""
+        prompts = {(text,) for each in self.pictures for text in (each.prompt, each.negative_prompt)}
+        apply_memory(pipeline, self.memory, self.device, sorted(prompts))
+
+    def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
+        """Note what a picture took, by stage."""
+        self.actual.add(self.planner.predict(picture.height, picture.width, self.memory), seconds, peak_bytes)
+
+    def show_actual(self, console: Console) -> None:
+        """Print what the pictures took beside what was predicted."""
+        if self.actual.pictures:
+            console.print(self.actual.table())
+
+
+def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The profile of the device: a known one, else it is measured now, which takes seconds, and kept."""
+    known = find_machine(device, dtype)
+    if known is not None:
+        return known
+    machine = measure(device, dtype)
+    machine.save(cache_folder() / file_name(device_name(device), dtype))
+    return machine

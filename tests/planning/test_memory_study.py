@@ -1,0 +1,101 @@
+"""The memory study puts measured rows into its page and the figures, and its base is planned as a folder's is."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from full_size import STUDY, flux1_dev, study
+
+from scale_dit.errors import UserError
+from scale_dit.evaluation.figures import read_figures
+from scale_dit.evaluation.quotes import quotes
+from scale_dit.planning.components import Components, size_of
+
+WHERE = {"command": "measure", "machine": "a card", "versions": "torch 1", "date": "2026-01-02", "commit": "abc"}
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    rows = [row | WHERE | {"machine": row.get("machine", WHERE["machine"])} for row in rows]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """The study's report in a folder of its own, with figures of its own and rows that are invented."""
+    module = study("run")
+    shutil.copy(STUDY / "README.md", tmp_path)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "figures_file", lambda: tmp_path / "figures.csv")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tables", str(tmp_path)])
+    kinds = {
+        "stock_eager": (7, 30), "stock_compiled": (6, 28), "windowed_eager": (2, 31),
+        "windowed_low_memory": (2.5, 27), "windowed_compiled": (1.8, 29),
+    }  # fmt: skip
+    write(tmp_path / "steps.csv", [{"px": 4096, "kind": k, "seconds": s, "peak_gb": p} for k, (s, p) in kinds.items()])
+    write(
+        tmp_path / "pictures.csv",
+        [
+            {
+                "px": px, "cap_gb": "", "way": "memory.offload=none", "steps": steps, "stage": stage, "seconds": 7,
+                "planned_seconds": 7.7, "peak_gb": 40, "planned_peak_gb": 38,
+            }
+            for px, steps in ((4096, 28), (8192, 7))
+            for stage in ("text", "draft", "refine", "decode")
+        ],
+    )  # fmt: skip
+    write(
+        tmp_path / "least.csv",
+        [{
+            "px": 2048, "way": "", "least_cap_gb": 4, "peak_gb": 3.5, "planned_peak_gb": 3.4, "text_peak_gb": 9.8,
+            "refine_seconds_a_step": 1,
+        }],
+    )  # fmt: skip
+    return module
+
+
+def test_rows_become_figures_and_tables(report, tmp_path):
+    report.main()
+    rows = read_figures(tmp_path / "figures.csv")
+    values = {name: row.value for name, row in rows.items()}
+    assert values["step_4k_over_dense"] == pytest.approx(0.3)
+    assert values["refine_4k_memory_over_dense"] == pytest.approx(0.9)
+    assert values["picture_4k_seconds_refine"] == 7
+    assert (values["picture_8k_seconds_refine"], rows["picture_8k_seconds_refine"].unit) == (28, "s, extrapolated")
+    assert (values["picture_8k_seconds_decode"], rows["picture_8k_seconds_decode"].unit) == (7, "s")
+    assert values["plan_error_seconds"] == pytest.approx(0.1)
+    assert values["plan_error_memory"] == pytest.approx(0.05)
+    assert values["min_gpu_gb_2k"] == 9.8, "prompts have to be encoded, too"
+    found = quotes(tmp_path / "README.md", rows)
+    assert len(found) == len(rows)
+    assert all(quote.text == quote.expected for quote in found)
+    assert "Not measured yet." not in (tmp_path / "README.md").read_text()
+
+
+def test_rows_of_two_machines_are_refused(report, tmp_path):
+    row = {"px": 4096, "kind": "stock_eager", "seconds": 7, "peak_gb": 30}
+    write(tmp_path / "steps.csv", [row, row | {"machine": "another card"}])
+    with pytest.raises(UserError, match="differ in machine"):
+        report.main()
+
+
+def test_without_tables_it_says_how_to_make_them(report, tmp_path):
+    for table in tmp_path.glob("*.csv"):
+        table.unlink()
+    with pytest.raises(UserError, match=r"measure\.py"):
+        report.main()
+
+
+def test_a_folder_of_configs_is_enough_for_a_plan(tmp_path):
+    settings = study("random_flux1").write_configs(tmp_path)
+    read, built = Components.of(settings, torch.bfloat16), flux1_dev()
+    assert {name: size_of(part) for name, part in read.modules.items()} == {
+        name: size_of(part) for name, part in built.modules.items()
+    }

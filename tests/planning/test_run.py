@@ -1,0 +1,70 @@
+"""The plan of a run: shown before weights are loaded, refused in time, held against what happened."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from rich.console import Console
+
+from scale_dit.errors import UserError
+from scale_dit.evaluation.pictures import load_picture
+from scale_dit.generation import Picture, Sampling, generate
+from scale_dit.method import Method
+from scale_dit.planning.memory import Memory
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PICTURES = [Picture(index, "a large red circle on sand", "", index, 128, 256) for index in range(2)]
+SAMPLING = Sampling(steps=2, draft_steps=1)
+
+
+def run(settings, folder: Path, memory: Memory | None = None) -> str:
+    """What the run prints; its pictures are in the folder."""
+    console = Console(file=StringIO(), width=200)
+    generate(PICTURES, settings, Method(), SAMPLING, folder, memory=memory, console=console, device="cpu")
+    return console.file.getvalue()
+
+
+def test_plan_and_outcome_are_printed(small_settings, tmp_path):
+    printed = run(small_settings, tmp_path / "out")
+    assert "Plan: 256 x 128 px, one of 2" in printed
+    assert "memory.offload=none" in printed
+    before, after = printed.split("Predicted and actual, 2 pictures")
+    for stage in ("text", "draft", "refine", "decode", "in all"):
+        assert re.search(rf"{stage}\W+[\d.]+", before)
+        assert re.search(rf"{stage}\W+[\d.]+\W+[\d.]+", after), "seconds predicted and measured"
+
+
+def test_all_ways_make_the_same_pictures(small_settings, tmp_path):
+    run(small_settings, tmp_path / "plain")
+    expected = [load_picture(file) for file in sorted((tmp_path / "plain").glob("*.png"))]
+    for offload in ("text", "group"):
+        run(small_settings, tmp_path / offload, Memory(offload, 0, "host"))
+        found = [load_picture(file) for file in sorted((tmp_path / offload).glob("*.png"))]
+        assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_loaded(small_folder, small_settings, tmp_path):
+    """The folder has the configs and no weights, so that loading would fail otherwise."""
+    for config in small_folder.rglob("*.json"):
+        copy = tmp_path / "base" / config.relative_to(small_folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(config.read_text())
+    settings = replace(small_settings, path=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="256 x 128 px needs"):
+        run(settings, tmp_path / "out", Memory(limit_gb=0.05))
+
+
+@pytest.mark.parametrize("choice", [path.stem for path in sorted((CONFIGS / "memory").glob("*.yaml"))])
+def test_configs_compose(choice):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("generate", [f"memory={choice}", "memory.limit_gb=24"])
+    memory = instantiate(config.memory)
+    assert isinstance(memory, Memory)
+    assert memory.limit_gb == 24
+    assert list(memory.ways(on_gpu=True))
