@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 from small_bases import SETTINGS, add_random_lora, drive, flux
 
+from scale_dit.autoencoder import Decoding
 from scale_dit.errors import UserError
 from scale_dit.lora import LoraSettings, save_lora
 from scale_dit.method import Method
@@ -34,7 +35,7 @@ def pipeline(shared: ScaleDiTPipeline):
     """The pipeline as it was loaded, whatever earlier tests did to it."""
     yield shared
     shared.unload_lora_weights()
-    shared.method, shared.decode_tile, shared.decode_overlap = Method(), 128, 32
+    shared.method, shared.decoding = Method(), Decoding()
     shared.configure(shared.settings)
 
 
@@ -364,7 +365,7 @@ def test_lora_of_another_base_leaves_the_loaded_one(pipeline, loras, tmp_path: P
 def test_decoding_in_tiles_is_near(pipeline):
     latents = latents_of(pipeline)
     whole = pipeline.decode(latents)
-    pipeline.decode_tile, pipeline.decode_overlap = 24, 8
+    pipeline.decoding = Decoding("tiled", tile=192, overlap=64)
     tiled = pipeline.decode(latents)
     assert not torch.equal(whole, tiled)
     assert (whole - tiled).abs().mean() < 0.05

@@ -129,7 +129,6 @@ class Run:
         self.plan = RunPlan(pictures, settings, method, self.sampling, memory, "auto", DEVICE, DTYPE)
         self.pipeline: ScaleDiTPipeline = random_pipeline(settings)
         self.pipeline.method = method
-        self.pipeline.decode_tile, self.pipeline.decode_overlap = 128, 32
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.plan.prepare(self.pipeline)
@@ -171,7 +170,7 @@ def measure_pictures(options: argparse.Namespace) -> None:
 
 def measure_least(options: argparse.Namespace) -> None:
     """The lowest cap, in whole GB, under which a picture is made with the least memory that leaves it as it is."""
-    run = Run(options.px, 1, Memory("group", 4096, "host"))
+    run = Run(options.px, 1, Memory("group", 4096, "host", "host"))
     for px in options.px:
         cost = run.make(px)
         allocated = max(cost.peak_bytes.values())

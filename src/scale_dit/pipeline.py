@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_dit.decode import decode_tiled
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 from scale_dit.lora import check_record
@@ -225,11 +224,8 @@ class ScaleDiTPipeline(LoadedPipeline):
         return stage.sample(latents, scheduler, self._after_step("refine", scheduler, progress, callback))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` in [0, 1], one at a time, in tiles if they are large."""
-        pictures = [
-            decode_tiled(self.base.decode_latents, one[None], self.decode_tile, self.decode_overlap) for one in latents
-        ]
-        return torch.cat(pictures)
+        """Latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` in [0, 1], in the way that `decoding` says."""
+        return torch.cat([self.base.decode_latents(one[None], self.decoding).cpu() for one in latents])
 
     def _guidance_latents(self, draft_latents: Tensor, plan: Plan) -> Tensor:
         """The draft at the size that the plan reads: as it is, or reduced as a picture and encoded again."""

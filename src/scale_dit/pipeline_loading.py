@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
+from scale_dit.autoencoder import Decoding
 from scale_dit.lora import ADAPTER, LoraSettings, check_record, load_lora, read_lora, remove_lora
 from scale_dit.method import Method
 from scale_dit.models import load_family
@@ -50,7 +51,7 @@ class LoadedPipeline(DiffusionPipeline):
             feature_extractor=feature_extractor,
         )
         self.method = Method()
-        self.decode_tile, self.decode_overlap = 128, 32
+        self.decoding = Decoding()
         self.lora_settings: LoraSettings | None = None
         self.lora_record: dict[str, Any] = {}
         self.lora_path: str | None = None

@@ -103,7 +103,7 @@ def test_choice_is_the_fastest_that_fits(flux1):
 
 
 def test_what_the_user_sets_is_kept():
-    chosen = planner(Memory(offload="group", feed_forward_tokens=100)).ways
+    chosen = planner(Memory(offload="group", feed_forward_tokens=100, decode="streamed")).ways
     assert {(way.offload, way.feed_forward_tokens) for way in chosen} == {("group", 100)}
     assert [way.keys_values for way in chosen] == ["device", "host"]
 

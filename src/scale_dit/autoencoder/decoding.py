@@ -17,7 +17,7 @@ from scale_dit.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "whole", "streamed", "tiled")
+MODES = ("auto", "whole", "streamed", "host", "tiled")
 WHOLE_PLANES = 4
 """Largest activations that the untiled decoder holds at a time: the residual, its norm, the activation, the result."""
 SHARE = 0.9
@@ -30,10 +30,9 @@ class Decoding:
     """How pictures are decoded.
 
     Args:
-        mode: `whole` is the stock decoder; `streamed` the same numbers but for rounding, in bands of rows, kept on the
-            device where they fit and in the host's memory where they do not; `tiled` is cheaper and not exact: tiles
-            with norms' statistics of the whole, measured on a reduction. `auto` is `whole` where it fits, else
-            `streamed`.
+        mode: `whole` is the stock decoder; `streamed` the same numbers but for rounding, in bands of rows; `host` the
+            same with all but the bands in the host's memory; `tiled` is cheaper and not exact: tiles with norms'
+            statistics pooled over some of them. `auto` is the first of the first three that fits.
         tile, overlap: of `tiled`, in px.
         wrap: Which edges join: `none`, `horizontal` or `both`.
 
@@ -59,19 +58,18 @@ class Decoding:
         if self.wrap != "none" and self.mode in ("whole", "tiled"):
             raise UserError(f"decode mode {self.mode!r} cannot join edges (wrap={self.wrap}): use streamed or auto")
 
-    def choice(self, vae: Any, height: int, width: int, free: int | None) -> tuple[str, bool]:
-        """The mode for a picture of `height` x `width` px and whether planes are kept in the host's memory.
+    def choice(self, vae: Any, height: int, width: int, free: int | None) -> str:
+        """The mode for a picture of `height` x `width` px.
 
         Args:
             free: Bytes of device memory to be had; `None`: as many as are needed.
         """
-        room = None if free is None else SHARE * free
-        fits = room is None or decode_bytes(vae, height, width, "whole") <= room
-        mode = self.mode
-        if mode == "auto":
-            mode = "whole" if fits and self.wrap == "none" else "streamed"
-        on_host = room is not None and mode == "streamed" and decode_bytes(vae, height, width, "streamed") > room
-        return mode, on_host
+        if self.mode != "auto":
+            return self.mode
+        for mode in ("whole", "streamed") if self.wrap == "none" else ("streamed",):
+            if free is None or decode_bytes(vae, height, width, mode) <= SHARE * free:
+                return mode
+        return "host"
 
 
 def decode_bytes(vae: Any, height: int, width: int, mode: str, tile: int = 1024) -> int:
@@ -112,12 +110,12 @@ def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = No
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (scale * side for side in latents.shape[-2:])
     device = latents.device
-    mode, on_host = how.choice(vae, height, width, _free_bytes(device) if free is None else free)
-    log.info("decoding %d x %d px: %s%s", width, height, mode, ", planes in the host's memory" if on_host else "")
+    mode = how.choice(vae, height, width, _free_bytes(device) if free is None else free)
+    log.info("decoding %d x %d px: %s", width, height, mode)
     if mode == "whole":
         yield 0, _to_unit(vae.decode(latents.to(vae.dtype)).sample)
         return
-    streaming = _streaming(device, on_host, how.wrap)
+    streaming = _streaming(device, mode, how.wrap)
     if mode == "tiled":
         found = tiled_decode(vae, latents, how.tile // scale, how.overlap // scale, streaming)
     else:
@@ -132,9 +130,12 @@ def decode(vae: Any, latents: Tensor, how: Decoding | None = None) -> Tensor:
 
     They are on the latents' device; streamed ones on the CPU, since they may be too large for it.
     """
+    how = how or Decoding()
+    if len(latents) > 1 and _whole_batch_fits(vae, latents, how):
+        return _to_unit(vae.decode(latents.to(vae.dtype)).sample)
     pictures = []
     for one in latents:
-        parts = [band for _, band in decode_bands(vae, one[None], how or Decoding())]
+        parts = [band for _, band in decode_bands(vae, one[None], how)]
         pictures.append(parts[0] if len(parts) == 1 else torch.cat([part.cpu() for part in parts], dim=2))
     return torch.cat(pictures)
 
@@ -144,21 +145,29 @@ def encode(vae: Any, pictures: Tensor, how: Decoding | None = None) -> Tensor:
     """The posterior's means `[B, C, h, w]` of pictures `[B, 3, H, W]` in [0, 1]; streamed where whole does not fit."""
     how = replace(how or Decoding(), wrap="none")
     device = next(vae.parameters()).device
+    count, _, height, width = pictures.shape
+    if how.choice(vae, count * height, width, _free_bytes(device)) == "whole":
+        return vae.encode(pictures.to(device, vae.dtype) * 2 - 1).latent_dist.mean
     found = []
     for picture in pictures:
-        height, width = picture.shape[-2:]
-        mode, on_host = how.choice(vae, height, width, _free_bytes(device))
+        mode = how.choice(vae, height, width, _free_bytes(device))
         scaled = picture[None].to(vae.dtype) * 2 - 1
         if mode == "whole":
             found.append(vae.encode(scaled.to(device)).latent_dist.mean)
-        else:
-            log.info("encoding %d x %d px: streamed", width, height)
-            found.append(streamed_encode(vae, scaled, _streaming(device, on_host, "none")))
+            continue
+        log.info("encoding %d x %d px: %s", width, height, mode)
+        found.append(streamed_encode(vae, scaled, _streaming(device, mode, "none")))
     return torch.cat(found)
 
 
-def _streaming(device: torch.device, on_host: bool, wrap: str) -> Streaming:
-    store = torch.device("cpu") if on_host else device
+def _whole_batch_fits(vae: Any, latents: Tensor, how: Decoding) -> bool:
+    scale, count = 2 ** (len(vae.config.block_out_channels) - 1), len(latents)
+    free = _free_bytes(latents.device)
+    return how.choice(vae, scale * latents.shape[-2] * count, scale * latents.shape[-1], free) == "whole"
+
+
+def _streaming(device: torch.device, mode: str, wrap: str) -> Streaming:
+    store = torch.device("cpu") if mode == "host" else device
     return Streaming(device, store, BAND_ELEMENTS, wrap_columns=wrap != "none", wrap_rows=wrap == "both")
 
 

@@ -1,13 +1,15 @@
 """Decoding in overlapping tiles whose norms share statistics: cheaper than exact, and without steps in colour.
 
-A tile with statistics of its own is brighter or greyer than its neighbours. Here they are those of a reduction of the
-whole picture, for all tiles alike; what is left is that the middle attention layer sees a tile and not everything.
+A tile with statistics of its own is brighter or greyer than its neighbours. Here all tiles have the same ones, pooled
+over some of them; what is left is that each of those was decoded with its own, and that the middle attention layer sees
+a tile and not everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,17 +18,24 @@ from torch import Tensor
 from scale_dit.autoencoder.layers import streamed_decode
 from scale_dit.autoencoder.streaming import Streaming
 
+SAMPLED = 3
+"""Tiles along either side whose statistics are pooled."""
 
-def shared_statistics(vae: Any, latents: Tensor, side: int, streaming: Streaming) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of every norm's groups, of latents `[1, C, h, w]` reduced to at most `side` latent pixels.
 
-    Reduced by taking every n-th latent pixel: means would be less noisy than what the tiles see.
-    """
-    step = -(-max(latents.shape[-2:]) // side)
-    measured = replace(streaming, statistics={})
-    for _ in streamed_decode(vae, latents[:, :, ::step, ::step], measured):
-        pass
-    return measured.statistics
+def shared_statistics(vae: Any, tiles: Sequence[Tensor], streaming: Streaming) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of every norm's groups over some tiles `[1, C, h, w]`, each decoded with its own."""
+    found = []
+    for tile in tiles:
+        measured = replace(streaming, statistics={})
+        for _ in streamed_decode(vae, tile, measured):
+            pass
+        found.append(measured.statistics)
+    pooled = {}
+    for name in found[0]:
+        means, variances = (torch.stack([each[name][part] for each in found]) for part in (0, 1))
+        mean = means.mean(0)
+        pooled[name] = mean, (variances + means.square()).mean(0) - mean.square()
+    return pooled
 
 
 def tiled_decode(
@@ -42,14 +51,17 @@ def tiled_decode(
         First row and `[1, 3, rows, W]` float32 on the CPU of one band after the other.
     """
     height, width = latents.shape[-2:]
-    shared = replace(streaming, statistics=shared_statistics(vae, latents, tile, streaming))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    tops = list(_starts(height, tile, overlap))
+    tops, lefts = (list(_starts(side, tile, overlap)) for side in (height, width))
+    sample = [
+        latents[:, :, top : top + tile, left : left + tile] for top, left in product(_spread(tops), _spread(lefts))
+    ]
+    shared = replace(streaming, statistics=shared_statistics(vae, sample, streaming))
     below: tuple[Tensor, Tensor] | None = None
     for place, top in enumerate(tops):
         rows = min(tile, height - top) * factor
         band, weight = torch.zeros(1, 3, rows, width * factor), torch.zeros(rows, width * factor)
-        for left in _starts(width, tile, overlap):
+        for left in lefts:
             part = latents[:, :, top : top + tile, left : left + tile]
             picture = torch.cat([each.float().cpu() for _, each in streamed_decode(vae, part, shared)], dim=2)
             ramp = _ramp(picture.shape[2], overlap * factor)[:, None] * _ramp(picture.shape[3], overlap * factor)
@@ -88,6 +100,13 @@ def _starts(length: int, tile: int, overlap: int) -> Iterator[int]:
         yield start
         start += tile - overlap
     yield max(0, length - tile)
+
+
+def _spread(starts: list[int]) -> list[int]:
+    """At most `SAMPLED` of the starts, the first and the last among them."""
+    if len(starts) <= SAMPLED:
+        return starts
+    return [starts[round(place * (len(starts) - 1) / (SAMPLED - 1))] for place in range(SAMPLED)]
 
 
 def _ramp(length: int, overlap: int) -> Tensor:

@@ -28,7 +28,7 @@ class Sampling:
         start: Noise level at which refinement starts: 1 is pure noise, below it the upsampled and noised draft.
         low_pass: Strength of the pull of low frequencies towards the draft; 0 is off.
         scale: HR side / draft side; `None` makes the draft as large as the base's native size.
-        decode_tile: Side in px of the tiles in which larger pictures are decoded.
+        decode_tile: Side in px of the tiles of the decode mode `tiled`.
     """
 
     steps: int | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from scale_dit.autoencoder import Decoding
 from scale_dit.data.cache_store import weights_fingerprint
 from scale_dit.device import choose_device
 from scale_dit.generation.folder import OutputFolder
@@ -129,7 +130,7 @@ def _load(
     pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=dtype)
     pipeline.configure(base, backend)
     pipeline.method = method
-    pipeline.decode_tile, pipeline.decode_overlap = sampling.decode_tile // 8, sampling.decode_tile // 32
+    pipeline.decoding = Decoding(tile=sampling.decode_tile, overlap=sampling.decode_tile // 4)
     if lora is not None:
         pipeline.load_lora_weights(lora)
     return pipeline

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scale_dit.anchors import ntk_theta
 from scale_dit.attention import avoid_failing_kernels
+from scale_dit.autoencoder import Decoding, decode, encode
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
@@ -144,15 +145,16 @@ class Flux1:
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures `[B, 3, H, W]` in [0, 1] -> normalised latents `[B, C, H/8, W/8]` float32 (posterior mean)."""
         vae = self.pipeline.vae
-        latents = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mean
-        return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+        with called(vae):
+            return (encode(vae, images).float() - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor, how: Decoding | None = None) -> Tensor:
         """Normalised latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` float32 in [0, 1]."""
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        with called(vae):
+            return decode(vae, latents.to(vae.device), how)
 
     @staticmethod
     def pack(latents: Tensor, order: Tensor) -> Tensor:

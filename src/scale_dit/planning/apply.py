@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def apply_memory(
     """
     pipeline.base.feed_forward_tokens = memory.tokens
     pipeline.base.keys_values_on_host = memory.keys_values == "host"
+    pipeline.decoding = replace(pipeline.decoding, mode=memory.decode)
     if memory.weights == "fp8":
         store_in_8_bits(pipeline.transformer)
     if memory.offload == "none":

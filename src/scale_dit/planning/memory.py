@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from scale_dit.planning.work import Work
 AUTO = "auto"
 OFFLOADS = ("none", "text", "model", "group")
 KEYS_VALUES = ("device", "host")
+DECODES = ("whole", "streamed", "host", "tiled")
 WEIGHTS = ("native", "fp8")
 PART = 8192
 """Tokens in one part of a feed-forward layer: as fast as the whole, and its hidden layer is 0.2 GB on FLUX.1."""
@@ -32,6 +34,8 @@ class Memory:
             at a time is on the card; `group`: a layer of the text encoders, then two blocks of the transformer are.
         feed_forward_tokens: Tokens that go through a feed-forward layer at a time; 0: all.
         keys_values: Where the draft's keys and values are: `device` or `host`.
+        decode: `whole`, `streamed`, `host` or `tiled`, see `scale_dit.autoencoder.Decoding`; `tiled` changes the
+            picture a little, so it is never chosen by itself.
         weights: The transformer's: `native`, as they are loaded, or `fp8`: stored in 8 bits, computed with as before;
             changes the picture a little, so it is never chosen by itself.
         limit_gb: Use no more than this of the card; `None`: what is free.
@@ -43,6 +47,7 @@ class Memory:
     offload: str = AUTO
     feed_forward_tokens: int | str = AUTO
     keys_values: str = AUTO
+    decode: str = AUTO
     weights: str = "native"
     limit_gb: float | None = None
 
@@ -50,6 +55,7 @@ class Memory:
         for name, allowed in (
             ("offload", (AUTO, *OFFLOADS)),
             ("keys_values", (AUTO, *KEYS_VALUES)),
+            ("decode", (AUTO, *DECODES)),
             ("weights", WEIGHTS),
         ):
             if getattr(self, name) not in allowed:
@@ -76,13 +82,17 @@ class Memory:
             ("model", PART, "host"),
             ("group", PART, "host"),
         )
+        # On a CPU, where planes are kept is all the same.
+        decodes = ("whole", "streamed", "host") if on_gpu else ("whole", "streamed")
+        steps = ladder if on_gpu else (("none", 0, "device"), ("text", PART, "device"))
         found = []
-        for offload, tokens, place in ladder if on_gpu else (("none", 0, "device"), ("text", PART, "device")):
+        for (offload, tokens, place), decode in product(steps, decodes):
             way = replace(
                 self,
                 offload=offload if self.offload == AUTO else self.offload,
                 feed_forward_tokens=tokens if self.feed_forward_tokens == AUTO else self.feed_forward_tokens,
                 keys_values=place if self.keys_values == AUTO else self.keys_values,
+                decode=decode if self.decode == AUTO else self.decode,
             )
             if way not in found:
                 found.append(way)
@@ -98,7 +108,7 @@ class Memory:
         parts = self.feed_forward_tokens
         return (
             f"memory.offload={self.offload} memory.feed_forward_tokens={parts} memory.keys_values={self.keys_values} "
-            f"memory.weights={self.weights}"
+            f"memory.decode={self.decode} memory.weights={self.weights}"
         )
 
 
@@ -171,7 +181,7 @@ def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str
     kept = work.guidance.kept if work.guidance is not None else 0
     on_device = kept if memory.keys_values == "device" else ON_DEVICE_AT_ONCE * kept // blocks
     refine = max(on_device + work.refine.peak, work.guidance.peak if work.guidance is not None else 0)
-    working = {"text": work.text.peak, "refine": refine, "decode": work.tile.peak}
+    working = {"text": work.text.peak, "refine": refine, "decode": work.decode_peaks[memory.decode]}
     if work.draft is not None:
         working["draft"] = work.draft.peak
     return {

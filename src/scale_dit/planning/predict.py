@@ -16,6 +16,8 @@ from scale_dit.planning.work import Tracer, Work
 STAGES = ("text", "draft", "refine", "decode")
 FP8_CAST_BYTES = 3
 """Bytes that are moved to widen a number from 8 bits to 16."""
+PLANES = 1.5
+"""Bytes that a streamed decoder moves, in those of its convolutions: norms and residuals read again."""
 SIZE_STEP = 0.97
 
 
@@ -82,7 +84,7 @@ class Planner:
             "text": spent(work.text) + copied["text"],
             "draft": draft + copied["draft"],
             "refine": refine,
-            "decode": work.tiles * spent(work.tile) + copied["decode"],
+            "decode": spent(work.decode) + copied["decode"] + self._planes(work, way) / self.machine.host_copy,
         }
 
     def _passes(self, seconds: float, count: int, way: Memory) -> float:
@@ -91,6 +93,13 @@ class Planner:
         if way.offload == "group":
             seconds = max(seconds, self.weights.blocks / self.machine.host_copy)
         return count * seconds
+
+    def _planes(self, work: Work, way: Memory) -> int:
+        """Bytes of activations that go to the host's memory or come from it."""
+        if way.decode != "host":
+            return 0
+        operations = work.decode.operations.items()
+        return round(PLANES * sum(each.bytes * count for each, count in operations if each.kind == "convolution"))
 
     def _copied(self, way: Memory) -> dict[str, int]:
         """Bytes of weights that go to the card at the beginning of a stage."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.attention import resolve
+from scale_dit.autoencoder.decoding import decode_bytes
 from scale_dit.method import Method, Plan, draft_plan
 from scale_dit.models.flux1 import Text
 from scale_dit.models.settings import BaseSettings
@@ -35,8 +36,9 @@ class Work:
         text: Encoding the prompt, and the negative one if a stage evaluates it.
         draft, refine: One step, all branches.
         guidance: The guidance pass.
-        tile: Decoding one tile.
-        draft_steps, refine_steps, tiles: How often.
+        decode: Decoding, untiled.
+        decode_peaks: Bytes that it takes in every mode, see `scale_dit.autoencoder.Decoding`.
+        draft_steps, refine_steps: How often.
     """
 
     text: Trace
@@ -45,8 +47,8 @@ class Work:
     guidance: Trace | None
     refine: Trace
     refine_steps: int
-    tile: Trace
-    tiles: int
+    decode: Trace
+    decode_peaks: dict[str, int]
 
 
 class Tracer:
@@ -87,7 +89,7 @@ class Tracer:
         guidance, keys_values = self._guidance(plan, refine_scale) if reads_draft else (None, None)
         below = draft_plan(base, height, width, scale)
         has_negative = base.has_negative_branch(refine_scale, draft_scale)
-        tile, tiles = self._decode(height, width)
+        decode, decode_peaks = self._decode(height, width)
         return Work(
             self._text(2 if has_negative else 1),
             self._step(below, draft_scale, None) if needs_draft else None,
@@ -95,8 +97,8 @@ class Tracer:
             guidance,
             self._step(plan, refine_scale, keys_values),
             base.steps if sampling.steps is None else sampling.steps,
-            tile,
-            tiles,
+            decode,
+            decode_peaks,
         )
 
     def _text(self, prompts: int) -> Trace:
@@ -133,17 +135,16 @@ class Tracer:
         reads = keys_values is not None
         return self._once(("step", plan.layout.json, scale, reads, self.driver.feed_forward_tokens), run)
 
-    def _decode(self, height: int, width: int) -> tuple[Trace, int]:
-        """The largest tile, and how many of its area make the picture, overlaps included."""
+    def _decode(self, height: int, width: int) -> tuple[Trace, dict[str, int]]:
         vae: Any = self.components.modules["vae"]
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        tile, overlap = self.sampling.decode_tile // factor, self.sampling.decode_tile // (4 * factor)
-        rows, columns = (_tiles(side // factor, tile, overlap) for side in (height, width))
-        shape = (1, vae.config.latent_channels, min(tile, height // factor), min(tile, width // factor))
-        tile_trace = self._once(
-            ("tile", *shape), lambda: vae.decode(torch.empty(shape, dtype=vae.dtype, device=META)).sample
+        shape = (1, vae.config.latent_channels, height // factor, width // factor)
+        found = self._once(
+            ("decode", *shape), lambda: vae.decode(torch.empty(shape, dtype=vae.dtype, device=META)).sample
         )
-        return tile_trace, rows * columns
+        tile = self.sampling.decode_tile
+        others = {mode: decode_bytes(vae, height, width, mode, tile) for mode in ("streamed", "host", "tiled")}
+        return found, {"whole": found.peak, **others}
 
     def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
         """The trace of what has this key, made when it is first asked for."""
@@ -164,8 +165,3 @@ class Tracer:
         head_size = self.components.transformer.config.attention_head_dim
         backend = resolve(self.backend, self.device, self.driver.dtype, head_size, layout)
         self.driver.backend = backend if backend in TRACED else "triton"
-
-
-def _tiles(length: int, tile: int, overlap: int) -> int:
-    """Tiles along one side, see `decode_tiled`."""
-    return 1 if length <= tile else 1 + -(-(length - tile) // (tile - overlap))
