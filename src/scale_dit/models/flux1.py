@@ -140,6 +140,15 @@ class Flux1:
         """Encode lists of prompts now, so that `encode_prompts` needs no text encoders for them later."""
         self.known_texts |= {tuple(prompts): self.encode_prompts(prompts).to("cpu") for prompts in groups}
 
+    def blank_text(self, count: int = 1) -> Text:
+        """Text of the shapes that `encode_prompts` gives, not initialised, where the transformer is."""
+        config = self.transformer.config
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(count, *shape, device=self.device, dtype=self.dtype)
+
+        return Text(empty(self.settings.text_length, config.joint_attention_dim), empty(config.pooled_projection_dim))
+
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures `[B, 3, H, W]` in [0, 1] -> normalised latents `[B, C, H/8, W/8]` float32 (posterior mean)."""
