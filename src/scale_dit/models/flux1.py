@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -294,7 +295,5 @@ class Flux1:
         embed = self.transformer.pos_embed
         if ntk == 1:
             return embed(ids.to(device))
-        from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-
         stretched = FluxPosEmbed(ntk_theta(embed.theta, ntk, max(embed.axes_dim)), embed.axes_dim)
         return stretched(ids.to(device))
