@@ -21,21 +21,28 @@ torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN: what a k
 torch.use_deterministic_algorithms(True)
 
 SCALE = 0.2
+ROUNDING = 5e-5
+"""Of logits up to 250 in float32, whose last digit is worth 1.5e-5; how exp2 rounds differs between processors."""
 
 
 def main() -> None:
     kernels.TILES[4] = ((16, 16), (16, 32))
     for name in sys.argv[1:]:
         inputs = random_inputs(LAYOUTS[name], torch.float32, sharpness=8.0, head_dim=16)
-        wanted = output_and_gradients(inputs, LAYOUTS[name], "reference", SCALE)
+        wanted, plain = (output_and_gradients(inputs, LAYOUTS[name], each, SCALE) for each in ("reference", "sdpa"))
         for longest in (128, 3):  # whole lists, and split ones
             triton.LONGEST, triton.PARTS = longest, 10**6
             triton.schedule.cache_clear()
             triton._plan.cache_clear()
             actual = output_and_gradients(inputs, LAYOUTS[name], "triton", SCALE)
-            for part, (ours, right) in enumerate(zip(actual, wanted, strict=True)):
-                error = (ours - right).abs().max() / right.abs().max().clamp_min(1e-6) if right.numel() else 0
-                assert error < 5e-5, f"{name}, lists up to {longest}, tensor {part}: relative error {error:.1e}"
+            for part, (ours, torchs, right) in enumerate(zip(actual, plain, wanted, strict=True)):
+                error, allowed = relative_error(ours, right), 2 * relative_error(torchs, right) + ROUNDING
+                assert error < allowed, f"{name}, lists up to {longest}, tensor {part}: relative error {error:.1e}"
+
+
+def relative_error(actual: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest number."""
+    return float((actual - right).abs().max() / right.abs().max().clamp_min(1e-6)) if right.numel() else 0.0
 
 
 if __name__ == "__main__":

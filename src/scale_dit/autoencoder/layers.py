@@ -1,0 +1,59 @@
+"""diffusers' autoencoders, layer by layer, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_dit.autoencoder.planes import Plane
+from scale_dit.autoencoder.streaming import Streaming
+
+
+def streamed_decode(vae: Any, latents: Tensor, streaming: Streaming) -> Iterator[tuple[int, Tensor]]:
+    """The decoder of an `AutoencoderKL` or `AutoencoderKLFlux2` over latents `[1, C, h, w]` as they are.
+
+    Yields:
+        First row and `[1, 3, rows, W]` of one band of the picture after the other, from the top.
+    """
+    decoder = vae.decoder
+    plane = Plane.of(latents.to(streaming.compute, vae.dtype), streaming.store, streaming.compute)
+    if getattr(vae, "post_quant_conv", None) is not None:
+        plane = streaming.convolve(plane, vae.post_quant_conv)
+    plane = _middle(streaming.convolve(plane, decoder.conv_in), decoder.mid_block, streaming)
+    for number, block in enumerate(decoder.up_blocks):
+        for index, resnet in enumerate(block.resnets):
+            plane = streaming.residual(plane, resnet, f"up.{number}.{index}")
+        for upsampler in block.upsamplers or ():
+            plane = streaming.convolve(plane, upsampler.conv, enlarge=True)
+    before = streaming.norm(plane, decoder.conv_norm_out, "out", decoder.conv_act)
+    yield from streaming.convolved(plane, decoder.conv_out, before)
+
+
+def streamed_encode(vae: Any, picture: Tensor, streaming: Streaming) -> Tensor:
+    """The posterior's mean `[1, C, h, w]` of a picture `[1, 3, H, W]` in [-1, 1]."""
+    encoder = vae.encoder
+    plane = Plane.of(picture.to(vae.dtype), streaming.store, streaming.compute)
+    plane = streaming.convolve(plane, encoder.conv_in)
+    for number, block in enumerate(encoder.down_blocks):
+        for index, resnet in enumerate(block.resnets):
+            plane = streaming.residual(plane, resnet, f"down.{number}.{index}")
+        for downsampler in block.downsamplers or ():
+            plane = streaming.convolve(plane, downsampler.conv, ends_only=True)
+    plane = _middle(plane, encoder.mid_block, streaming)
+    before = streaming.norm(plane, encoder.conv_norm_out, "out", encoder.conv_act)
+    moments = torch.cat([band for _, band in streaming.convolved(plane, encoder.conv_out, before)], dim=2)
+    if getattr(vae, "quant_conv", None) is not None:
+        moments = vae.quant_conv(moments)
+    return moments.chunk(2, dim=1)[0]
+
+
+def _middle(plane: Plane, block: Any, streaming: Streaming) -> Plane:
+    plane = streaming.residual(plane, block.resnets[0], "mid.0")
+    for index, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:], strict=True)):
+        if attention is not None:
+            plane = streaming.attention(plane, attention, f"mid.attention.{index}")
+        plane = streaming.residual(plane, resnet, f"mid.{index + 1}")
+    return plane

@@ -1,0 +1,191 @@
+"""Layers of an autoencoder over planes, band by band: the same numbers as over the whole, but for rounding.
+
+A convolution needs a few rows around a band, a group norm the statistics of everything, an attention layer all keys.
+So a norm goes over its input once for the statistics, and they are applied where the next convolution reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scale_dit.autoencoder.planes import Plane, bands
+
+Apply = Callable[[Tensor], Tensor]
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+"""Kernels that never hold all scores at once."""
+
+
+@dataclass
+class Streaming:
+    """How layers are streamed.
+
+    Args:
+        compute: where bands are worked on.
+        store: where planes are kept.
+        band_elements: elements of a band's widest activation.
+        wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
+        statistics: mean and variance of the groups of every norm, by its name; what is there is used, what is not
+            there is measured and kept there.
+    """
+
+    compute: torch.device
+    store: torch.device
+    band_elements: int = 2**26
+    wrap_columns: bool = False
+    wrap_rows: bool = False
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def norm(self, source: Plane, norm: nn.GroupNorm, name: str, activation: Apply | None = None) -> Apply:
+        """The group norm of a plane, and what comes behind it, as a function of its bands."""
+        if name not in self.statistics:
+            self.statistics[name] = self._measure(source, norm.num_groups)
+        mean, variance = (each.to(self.compute) for each in self.statistics[name])
+        each_group = source.channels // norm.num_groups
+        factor = (variance + norm.eps).rsqrt().repeat_interleave(each_group)
+        offset = -mean.repeat_interleave(each_group) * factor
+        if norm.weight is not None:
+            factor, offset = factor * norm.weight, offset * norm.weight + norm.bias
+        factor, offset = (each.float()[None, :, None, None] for each in (factor, offset))
+
+        def apply(band: Tensor) -> Tensor:
+            normed = (band.float() * factor + offset).to(band.dtype)
+            return normed if activation is None else activation(normed)
+
+        return apply
+
+    def _measure(self, source: Plane, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group, float64 `[groups]`: sums of every band about the first band's mean."""
+        count, first = 0, None
+        total = squares = torch.zeros(groups, dtype=torch.float64, device=self.compute)
+        for start, stop in bands(source.height, source.channels * source.width, self.band_elements):
+            band = source.rows(start, stop).float().reshape(groups, -1)
+            if first is None:
+                first = band.mean(1, keepdim=True)
+            centred = band - first
+            total = total + centred.sum(1, dtype=torch.float64)
+            squares = squares + centred.square().sum(1, dtype=torch.float64)
+            count += band.shape[1]
+        assert first is not None
+        shift = total / count
+        return first[:, 0].double() + shift, (squares / count - shift.square()).clamp_min(0)
+
+    def convolve(
+        self,
+        source: Plane,
+        layer: nn.Conv2d,
+        before: Apply | None = None,
+        after: Callable[[Tensor, int, int], Tensor] | None = None,
+        in_place: bool = False,
+        enlarge: bool = False,
+        ends_only: bool = False,
+    ) -> Plane:
+        """A convolution of a plane.
+
+        Args:
+            before: what is done with the source first.
+            after: what is done with a band of the result, given its first and last + 1 row.
+            in_place: write the result over the source, which has as many channels.
+            enlarge: repeat every pixel of the source twice along both axes first.
+            ends_only: pad with zeros at the right and at the bottom alone, as downsampling layers do.
+        """
+        if ends_only:
+            height, width = source.height // layer.stride[0], source.width // layer.stride[1]
+        else:
+            height, width = source.height * (1 + enlarge), source.width * (1 + enlarge)
+        in_place = in_place and not self.wrap_rows  # where the last band reads the first row
+        target = source if in_place else self._plane(layer.out_channels, height, width, source.values.dtype)
+        kept: tuple[int, Tensor] | None = None
+        wide = max(layer.in_channels, layer.out_channels) * width
+        for start, stop in bands(height, wide, self.band_elements):
+            read = self._read(source, layer, start, stop, before, enlarge, ends_only, kept)
+            result = functional.conv2d(read, layer.weight, layer.bias, layer.stride)
+            if after is not None:
+                result = after(result, start, stop)
+            if in_place:  # the next band needs this row as it was
+                kept = stop - 1, source.rows(stop - 1, stop).clone()
+            target.write(start, result)
+        return target
+
+    def convolved(self, source: Plane, layer: nn.Conv2d, before: Apply) -> Iterator[tuple[int, Tensor]]:
+        """First row and band of a convolution's result, one after the other, kept nowhere."""
+        for start, stop in bands(source.height, layer.in_channels * source.width, self.band_elements):
+            read = self._read(source, layer, start, stop, before)
+            yield start, functional.conv2d(read, layer.weight, layer.bias)
+
+    def _read(
+        self,
+        source: Plane,
+        layer: nn.Conv2d,
+        start: int,
+        stop: int,
+        before: Apply | None,
+        enlarge: bool = False,
+        ends_only: bool = False,
+        kept: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        """What a convolution reads for rows `start` to `stop` of its result, padded."""
+        around = 0 if ends_only else layer.kernel_size[0] // 2
+        first, last = start * layer.stride[0] - around, (stop - 1) * layer.stride[0] - around + layer.kernel_size[0]
+        height = source.height * (1 + enlarge)
+        above, below = (0, 0) if self.wrap_rows else (max(0, -first), max(0, last - height))
+        first, last = first + above, last - below
+        band = source.rows(first // 2, -(-last // 2)) if enlarge else source.rows(first, last)
+        if kept is not None and first <= kept[0]:
+            band = torch.cat([kept[1], band[:, :, kept[0] - first + 1 :]], dim=2)
+        if before is not None:
+            band = before(band)
+        if enlarge:
+            band = band.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, first % 2 : first % 2 + last - first]
+        sides = (0, 1) if ends_only else (around, around)
+        if self.wrap_columns and max(sides):
+            band = functional.pad(band, (*sides, 0, 0), mode="circular")
+            sides = (0, 0)
+        return functional.pad(band, (*sides, above, below))
+
+    def residual(self, source: Plane, block: Any, name: str) -> Plane:
+        """diffusers' `ResnetBlock2D` without a time embedding; the source is not needed any more."""
+        hidden = self.convolve(source, block.conv1, self.norm(source, block.norm1, f"{name}.norm1", block.nonlinearity))
+
+        def add(band: Tensor, start: int, stop: int) -> Tensor:
+            straight = source.rows(start, stop)
+            if block.conv_shortcut is not None:
+                straight = block.conv_shortcut(straight)
+            return (straight + band) / block.output_scale_factor
+
+        before = self.norm(hidden, block.norm2, f"{name}.norm2", block.nonlinearity)
+        return self.convolve(hidden, block.conv2, before, add, in_place=True)
+
+    def attention(self, source: Plane, layer: Any, name: str) -> Plane:
+        """diffusers' `Attention` over all pixels, queries in bands; keys and values are where it is computed."""
+        normed = self.norm(source, layer.group_norm, f"{name}.group_norm")
+        parts = []
+        row = source.channels * source.width
+        for projection in (layer.to_q, layer.to_k, layer.to_v):
+            pieces = [
+                projection(normed(source.rows(start, stop)).flatten(2).transpose(1, 2))
+                for start, stop in bands(source.height, row, self.band_elements)
+            ]
+            parts.append(torch.cat(pieces, 1).unflatten(-1, (layer.heads, -1)).transpose(1, 2))
+        query, key, value = parts
+        kernels = sdpa_kernel(FUSED) if self.compute.type == "cuda" else nullcontext()
+        for start, stop in bands(source.height, row, self.band_elements // 4):
+            with kernels:
+                mine = query[:, :, start * source.width : stop * source.width]
+                band = functional.scaled_dot_product_attention(mine, key, value)
+            band = layer.to_out[0](band.transpose(1, 2).flatten(2)).transpose(1, 2)
+            straight = source.rows(start, stop)
+            if layer.residual_connection:
+                band = band.unflatten(2, straight.shape[2:]) + straight
+            source.write(start, band / layer.rescale_output_factor)
+        return source
+
+    def _plane(self, channels: int, height: int, width: int, dtype: torch.dtype) -> Plane:
+        return Plane(channels, height, width, dtype, self.store, self.compute)
