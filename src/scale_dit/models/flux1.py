@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -140,6 +141,15 @@ class Flux1:
     def remember_prompts(self, groups: Iterable[Sequence[str]]) -> None:
         """Encode lists of prompts now, so that `encode_prompts` needs no text encoders for them later."""
         self.known_texts |= {tuple(prompts): self.encode_prompts(prompts).to("cpu") for prompts in groups}
+
+    def blank_text(self, count: int = 1) -> Text:
+        """Text of the shapes that `encode_prompts` gives, not initialised, where the transformer is."""
+        config = self.transformer.config
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(count, *shape, device=self.device, dtype=self.dtype)
+
+        return Text(empty(self.settings.text_length, config.joint_attention_dim), empty(config.pooled_projection_dim))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -287,7 +297,5 @@ class Flux1:
         embed = self.transformer.pos_embed
         if ntk == 1:
             return embed(ids.to(device))
-        from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-
         stretched = FluxPosEmbed(ntk_theta(embed.theta, ntk, max(embed.axes_dim)), embed.axes_dim)
         return stretched(ids.to(device))

@@ -13,7 +13,6 @@ from torch import Tensor
 from scale_dit.attention import resolve
 from scale_dit.autoencoder.decoding import decode_bytes
 from scale_dit.method import Method, Plan, draft_plan
-from scale_dit.models.flux1 import Text
 from scale_dit.models.settings import BaseSettings
 from scale_dit.planning.components import Components
 from scale_dit.planning.trace import Trace, trace
@@ -116,7 +115,7 @@ class Tracer:
 
         def run() -> None:
             tokens = torch.empty(1, plan.layout.guidance_tokens, self._token_width, device=META)
-            kept.extend(self.driver.guidance_pass(tokens, self._blank_text(plan).pooled, plan, scale))
+            kept.extend(self.driver.guidance_pass(tokens, self.driver.blank_text().pooled, plan, scale))
 
         return trace(run), kept
 
@@ -125,7 +124,7 @@ class Tracer:
         grid = plan.layout.image
 
         def run() -> Tensor:
-            text = self._blank_text(plan)
+            text = self.driver.blank_text()
             negative = text if self.base.has_negative_branch(scale) else None
             latents = torch.empty(1, self.driver.latent_channels, 2 * grid.height, 2 * grid.width, device=META)
             stage = Stage(self.driver, plan, text, negative, scale, keys_values)
@@ -151,11 +150,6 @@ class Tracer:
         if key not in self.known:
             self.known[key] = trace(code)
         return self.known[key]
-
-    def _blank_text(self, plan: Plan) -> Text:
-        config = self.components.transformer.config
-        tokens = torch.empty(1, plan.layout.text, config.joint_attention_dim, dtype=self.driver.dtype, device=META)
-        return Text(tokens, torch.empty(1, config.pooled_projection_dim, dtype=self.driver.dtype, device=META))
 
     @property
     def _token_width(self) -> int:
