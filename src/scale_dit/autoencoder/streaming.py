@@ -175,9 +175,8 @@ class Streaming:
             ]
             parts.append(torch.cat(pieces, 1).unflatten(-1, (layer.heads, -1)).transpose(1, 2))
         query, key, value = parts
-        kernels = sdpa_kernel(FUSED) if self.compute.type == "cuda" else nullcontext()
         for start, stop in bands(source.height, row, self.band_elements // 4):
-            with kernels:
+            with sdpa_kernel(FUSED) if self.compute.type == "cuda" else nullcontext():
                 mine = query[:, :, start * source.width : stop * source.width]
                 band = functional.scaled_dot_product_attention(mine, key, value)
             band = layer.to_out[0](band.transpose(1, 2).flatten(2)).transpose(1, 2)
