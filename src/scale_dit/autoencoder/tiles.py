@@ -57,7 +57,7 @@ def tiled_decode(
     whole = middle(vae, latents, streaming)
 
     def cut(top: int, left: int) -> Plane:
-        part = whole.values[:, :, top : top + tile, left : left + tile]
+        part = whole.rows(top, min(top + tile, height))[..., left : left + tile]
         return Plane.of(part, streaming.compute, streaming.compute)
 
     sample = [cut(top, left) for top, left in product(_spread(tops), _spread(lefts))]
