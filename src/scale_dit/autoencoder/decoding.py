@@ -98,6 +98,7 @@ def decode_bytes(vae: Any, height: int, width: int, mode: str, tile: int = 1024)
     return max(most, attention) + (band if mode == "streamed" else 0)
 
 
+@torch.no_grad()
 def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """A picture from latents `[1, C, h, w]` as the autoencoder takes them, in bands from the top.
 

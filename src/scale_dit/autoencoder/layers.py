@@ -18,11 +18,20 @@ def streamed_decode(vae: Any, latents: Tensor, streaming: Streaming) -> Iterator
     Yields:
         First row and `[1, 3, rows, W]` of one band of the picture after the other, from the top.
     """
-    decoder = vae.decoder
+    yield from enlarge(vae, middle(vae, latents, streaming), streaming)
+
+
+def middle(vae: Any, latents: Tensor, streaming: Streaming) -> Plane:
+    """The decoder's layers at the latents' size, the attention layer among them."""
     plane: Source = Plane.of(latents.to(vae.dtype), streaming.store, streaming.compute)
     if getattr(vae, "post_quant_conv", None) is not None:
         plane = streaming.convolve(plane, vae.post_quant_conv)
-    plane = _middle(streaming.convolve(plane, decoder.conv_in), decoder.mid_block, streaming)
+    return _middle(streaming.convolve(plane, vae.decoder.conv_in), vae.decoder.mid_block, streaming)
+
+
+def enlarge(vae: Any, plane: Source, streaming: Streaming) -> Iterator[tuple[int, Tensor]]:
+    """The decoder's other layers; yields as `streamed_decode`."""
+    decoder = vae.decoder
     for number, block in enumerate(decoder.up_blocks):
         for index, resnet in enumerate(block.resnets):
             plane = streaming.residual(plane, resnet, f"up.{number}.{index}")

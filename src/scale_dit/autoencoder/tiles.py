@@ -1,8 +1,8 @@
 """Decoding in overlapping tiles whose norms share statistics: cheaper than exact, and without steps in colour.
 
-A tile with statistics of its own is brighter or greyer than its neighbours. Here all tiles have the same ones, pooled
-over some of them; what is left is that each of those was decoded with its own, and that the middle attention layer sees
-a tile and not everything.
+A tile with statistics of its own is brighter or greyer than its neighbours, and one with an attention layer of its own
+sees other things. Here the layers at the latents' size, the attention layer among them, run over the whole, exactly,
+and all tiles have the same statistics, pooled over some of them; what is left is that those had their own.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_dit.autoencoder.layers import streamed_decode
+from scale_dit.autoencoder.layers import enlarge, middle
+from scale_dit.autoencoder.planes import Plane
 from scale_dit.autoencoder.streaming import Streaming
 
 SAMPLED = 3
 """Tiles along either side whose statistics are pooled."""
 
 
-def shared_statistics(vae: Any, tiles: Sequence[Tensor], streaming: Streaming) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of every norm's groups over some tiles `[1, C, h, w]`, each decoded with its own."""
+def shared_statistics(vae: Any, tiles: Sequence[Plane], streaming: Streaming) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of every norm's groups over some tiles, each enlarged with its own."""
     found = []
     for tile in tiles:
         measured = replace(streaming, statistics={})
-        for _ in streamed_decode(vae, tile, measured):
+        for _ in enlarge(vae, tile, measured):
             pass
         found.append(measured.statistics)
     pooled = {}
@@ -53,17 +54,21 @@ def tiled_decode(
     height, width = latents.shape[-2:]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     tops, lefts = (list(_starts(side, tile, overlap)) for side in (height, width))
-    sample = [
-        latents[:, :, top : top + tile, left : left + tile] for top, left in product(_spread(tops), _spread(lefts))
-    ]
+    whole = middle(vae, latents, streaming)
+
+    def cut(top: int, left: int) -> Plane:
+        part = whole.rows(top, min(top + tile, height))[..., left : left + tile]
+        return Plane.of(part, streaming.compute, streaming.compute)
+
+    sample = [cut(top, left) for top, left in product(_spread(tops), _spread(lefts))]
     shared = replace(streaming, statistics=shared_statistics(vae, sample, streaming))
+    del sample
     below: tuple[Tensor, Tensor] | None = None
     for place, top in enumerate(tops):
         rows = min(tile, height - top) * factor
         band, weight = torch.zeros(1, 3, rows, width * factor), torch.zeros(rows, width * factor)
         for left in lefts:
-            part = latents[:, :, top : top + tile, left : left + tile]
-            picture = torch.cat([each.float().cpu() for _, each in streamed_decode(vae, part, shared)], dim=2)
+            picture = torch.cat([each.float().cpu() for _, each in enlarge(vae, cut(top, left), shared)], dim=2)
             ramp = _ramp(picture.shape[2], overlap * factor)[:, None] * _ramp(picture.shape[3], overlap * factor)
             columns = slice(left * factor, left * factor + picture.shape[3])
             band[..., columns] += picture * ramp
