@@ -43,6 +43,14 @@ def test_with_the_statistics_of_the_whole_tiles_are_exact(family, tile, side):
     assert (short - whole).abs().max() > 1e-4 * whole.abs().max()
 
 
+def test_where_all_tiles_are_measured_they_are_exact():
+    """2 x 3 tiles whose overlaps are as large as convolutions reach."""
+    vae, latents = autoencoder(), noise(1, 4, 25, 28)
+    whole = joined(streamed_decode(vae, latents, streaming()))
+    tiled = joined(tiled_decode(vae, latents, 22, 2 * reach(vae), streaming()))
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+
+
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 4), (8, 0), (12, 5), (9, 1)])
 def test_tiles_cover_pictures_that_they_do_not_divide(tile, overlap):
     """Every pixel is there, weights of the blend included: none is far from the untiled picture."""

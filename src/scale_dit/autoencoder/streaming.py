@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from scale_dit.autoencoder.planes import Computed, Plane, Source, bands
 Apply = Callable[[Tensor], Tensor]
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Mean and variance of the groups of every norm, float64 `[groups]`, by its name."""
+Region = tuple[Fraction, Fraction, Fraction, Fraction]
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 """Kernels that never hold all scores at once."""
 
@@ -34,6 +36,8 @@ class Streaming:
         store: where planes are kept.
         band_elements: elements of a band's widest activation.
         wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
+        regions: first and last + 1 row and column that count for statistics, for each of the batch, as shares of its
+            sides; `None`: everything.
         statistics: what is there is used, what is not there is measured and kept there.
     """
 
@@ -42,6 +46,7 @@ class Streaming:
     band_elements: int = 2**26
     wrap_columns: bool = False
     wrap_rows: bool = False
+    regions: tuple[Region, ...] | None = None
     statistics: Statistics = field(default_factory=dict)
 
     def norm(self, source: Source, norm: nn.GroupNorm, name: str, activation: Apply | None = None) -> Apply:
@@ -67,7 +72,9 @@ class Streaming:
         count, first = 0, None
         total = squares = torch.zeros(groups, dtype=torch.float64, device=self.compute)
         for start, stop in bands(source.height, source.batch * source.channels * source.width, self.band_elements):
-            band = source.rows(start, stop).float().transpose(0, 1).reshape(groups, -1)
+            band = self._measured(source, start, stop, groups)
+            if band.shape[1] == 0:
+                continue
             if first is None:
                 first = band.mean(1, keepdim=True)
             centred = band - first
@@ -77,6 +84,18 @@ class Streaming:
         assert first is not None
         shift = total / count
         return first[:, 0].double() + shift, (squares / count - shift.square()).clamp_min(0)
+
+    def _measured(self, source: Source, start: int, stop: int, groups: int) -> Tensor:
+        """What counts for the statistics in rows `start` to `stop`, float32 `[groups, n]`."""
+        band = source.rows(start, stop).float().transpose(0, 1)
+        if self.regions is None:
+            return band.reshape(groups, -1)
+        parts = []
+        for index, (top, bottom, left, right) in enumerate(self.regions):
+            first, last = (min(max(int(edge * source.height) - start, 0), stop - start) for edge in (top, bottom))
+            columns = slice(int(left * source.width), int(right * source.width))
+            parts.append(band[:, index, first:last, columns].reshape(groups, -1))
+        return torch.cat(parts, dim=1)
 
     def convolve(
         self,

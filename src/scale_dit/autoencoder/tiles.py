@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
-from typing import Any
+from fractions import Fraction
+from itertools import pairwise, product
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from scale_dit.autoencoder.layers import enlarge, middle
 from scale_dit.autoencoder.planes import Plane
 from scale_dit.autoencoder.streaming import Statistics, Streaming
 
+Tile = TypeVar("Tile")
 SAMPLED = 3
 """Tiles along either side that statistics are measured on."""
 
@@ -44,10 +46,18 @@ def tiled_decode(
 
 
 def shared_statistics(vae: Any, whole: Plane, tile: int, overlap: int, streaming: Streaming) -> Statistics:
-    """Statistics of every norm behind the middle, over some tiles that go through the layers together."""
-    tops, lefts = (_spread(_starts(side, tile, overlap)) for side in (whole.height, whole.width))
-    tiles = torch.cat([_cut(whole, tile, top, left) for top, left in product(tops, lefts)])
-    measured = replace(streaming, statistics={})
+    """Statistics of every norm behind the middle, over some tiles that go through the layers together.
+
+    Of each counts what lies between the middles of its overlaps, so that nothing counts twice.
+    """
+    sides = [
+        list(zip(_starts(side, tile, overlap), _own(side, tile, overlap), strict=True))
+        for side in (whole.height, whole.width)
+    ]
+    chosen = list(product(*map(_spread, sides)))
+    tiles = torch.cat([_cut(whole, tile, top, left) for (top, _), (left, _) in chosen])
+    regions = tuple((*down, *across) for (_, down), (_, across) in chosen)
+    measured = replace(streaming, statistics={}, regions=regions)
     for _ in enlarge(vae, Plane.of(tiles, streaming.store, streaming.compute), measured):
         pass
     return measured.statistics
@@ -116,11 +126,19 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, last, tile - overlap), last]
 
 
-def _spread(starts: list[int]) -> list[int]:
-    """At most `SAMPLED` of the starts, the first and the last among them."""
-    if len(starts) <= SAMPLED:
-        return starts
-    return [starts[round(place * (len(starts) - 1) / (SAMPLED - 1))] for place in range(SAMPLED)]
+def _own(length: int, tile: int, overlap: int) -> list[tuple[Fraction, Fraction]]:
+    """What is each tile's own: from the middle of one overlap to that of the next, as shares of the tile."""
+    starts, size = _starts(length, tile, overlap), min(tile, length)
+    middles = [(one + size + following) // 2 for one, following in pairwise(starts)]
+    borders = zip(starts, [0, *middles], [*middles, length], strict=True)
+    return [(Fraction(first - start, size), Fraction(last - start, size)) for start, first, last in borders]
+
+
+def _spread(tiles: list[Tile]) -> list[Tile]:
+    """At most `SAMPLED` of the tiles, the first and the last among them."""
+    if len(tiles) <= SAMPLED:
+        return tiles
+    return [tiles[round(place * (len(tiles) - 1) / (SAMPLED - 1))] for place in range(SAMPLED)]
 
 
 def _weights(start: int, tile: int, length: int, overlap: int, margin: int, factor: int) -> Tensor:
