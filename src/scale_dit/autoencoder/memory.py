@@ -14,6 +14,8 @@ WHOLE_DECODER, WHOLE_ENCODER = 3, 5
 those that the encoder does (its first activation, too, and a padded copy)."""
 STREAMED = 2
 """Planes: what a residual block reads, and what it writes."""
+SAMPLED = 3
+"""Tiles along either side whose norms' statistics are those of all tiles."""
 ATTENTION = 5
 """Planes of the middle attention layer: its input, query, key and value, one of them twice while bands are joined."""
 BAND_BYTES = 22
@@ -41,7 +43,10 @@ def decode_bytes(
     middle = _streamed_bytes(vae, height, width, True, band_elements)
     _, channels, pixels = next(_levels(vae, height, width))
     kept = channels * pixels * vae.dtype.itemsize
-    return max(middle, kept + _streamed_bytes(vae, min(height, tile), min(width, tile), False, band_elements))
+    # Those that statistics are measured on go through the layers together.
+    together = min(SAMPLED, -(-height // tile)) * min(tile, height)
+    sample = _streamed_bytes(vae, together, min(SAMPLED, -(-width // tile)) * min(tile, width), False, band_elements)
+    return max(middle, kept + sample)
 
 
 def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: int = BAND_ELEMENTS) -> int:

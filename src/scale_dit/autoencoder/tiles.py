@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from scale_dit.autoencoder.layers import enlarge, middle
+from scale_dit.autoencoder.memory import SAMPLED
 from scale_dit.autoencoder.planes import Plane
 from scale_dit.autoencoder.streaming import Statistics, Streaming
 
 Tile = TypeVar("Tile")
-SAMPLED = 3
-"""Tiles along either side that statistics are measured on."""
 
 
 def tiled_decode(
