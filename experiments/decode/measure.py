@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from scale_dit.autoencoder import Decoding, decode, encode
-from scale_dit.autoencoder.decoding import decode_bytes
+from scale_dit.autoencoder.memory import decode_bytes
 from scale_dit.autoencoder.tiles import seam_score
 from scale_dit.data.render import render
 from scale_dit.data.scene_sampling import sample_scene

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Source(ABC):
-    """An activation `[1, C, H, W]` that is read in bands of rows.
+    """An activation `[B, C, H, W]` that is read in bands of rows.
 
     Args:
-        channels, height, width: its sizes.
+        shape: B, C, H, W; B is 1 but for tiles whose norms have their statistics in common.
         dtype: its dtype.
     """
 
-    def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
-        self.channels, self.height, self.width, self.dtype = channels, height, width, dtype
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.batch, self.channels, self.height, self.width = shape
+        self.dtype = dtype
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` where they are worked on, `[1, C, stop - start, W]`; rows outside come in at the
+        """Rows `start` to `stop` where they are worked on, `[B, C, stop - start, W]`; rows outside come in at the
         other side."""
 
 
@@ -33,10 +34,8 @@ class Computed(Source):
         compute_rows: `Source.rows`.
     """
 
-    def __init__(
-        self, channels: int, height: int, width: int, dtype: torch.dtype, compute_rows: Callable[[int, int], Tensor]
-    ) -> None:
-        super().__init__(channels, height, width, dtype)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, compute_rows: Callable[[int, int], Tensor]) -> None:
+        super().__init__(shape, dtype)
         self.compute_rows = compute_rows
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -52,18 +51,15 @@ class Plane(Source):
         compute: where bands of it are worked on.
     """
 
-    def __init__(
-        self, channels: int, height: int, width: int, dtype: torch.dtype, store: torch.device, compute: torch.device
-    ) -> None:
-        super().__init__(channels, height, width, dtype)
-        self.values = torch.empty(height, channels, width, dtype=dtype, device=store)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, store: torch.device, compute: torch.device) -> None:
+        super().__init__(shape, dtype)
+        self.values = torch.empty(self.height, self.batch, self.channels, self.width, dtype=dtype, device=store)
         self.compute = compute
 
     @classmethod
     def of(cls, values: Tensor, store: torch.device, compute: torch.device) -> Plane:
-        """A plane of these values `[1, C, H, W]`."""
-        _, channels, height, width = values.shape
-        plane = cls(channels, height, width, values.dtype, store, compute)
+        """A plane of these values `[B, C, H, W]`."""
+        plane = cls(values.shape, values.dtype, store, compute)
         plane.write(0, values)
         return plane
 
@@ -73,11 +69,11 @@ class Plane(Source):
             found = self.values[start:stop]
         else:
             found = self.values[torch.arange(start, stop, device=self.values.device) % self.height]
-        return found.to(self.compute).transpose(0, 1)[None]
+        return found.to(self.compute).permute(1, 2, 0, 3)
 
     def write(self, start: int, band: Tensor) -> None:
-        """Put a band `[1, C, rows, W]` in its place."""
-        by_row = band[0].transpose(0, 1).to(self.dtype)
+        """Put a band `[B, C, rows, W]` in its place."""
+        by_row = band.permute(2, 0, 1, 3).to(self.dtype)
         if self.values.device != band.device:
             by_row = by_row.contiguous()  # one copy over the bus, not one for every row of every channel
         self.values[start : start + len(by_row)].copy_(by_row)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scale_dit.autoencoder.planes import Computed, Plane, Source, bands
 
 Apply = Callable[[Tensor], Tensor]
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Mean and variance of the groups of every norm, float64 `[groups]`, by its name."""
+Region = tuple[Fraction, Fraction, Fraction, Fraction]
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 """Kernels that never hold all scores at once."""
 
@@ -32,8 +36,9 @@ class Streaming:
         store: where planes are kept.
         band_elements: elements of a band's widest activation.
         wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
-        statistics: mean and variance of the groups of every norm, by its name; what is there is used, what is not
-            there is measured and kept there.
+        regions: first and last + 1 row and column that count for statistics, for each of the batch, as shares of its
+            sides; `None`: everything.
+        statistics: what is there is used, what is not there is measured and kept there.
     """
 
     compute: torch.device
@@ -41,7 +46,8 @@ class Streaming:
     band_elements: int = 2**26
     wrap_columns: bool = False
     wrap_rows: bool = False
-    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    regions: tuple[Region, ...] | None = None
+    statistics: Statistics = field(default_factory=dict)
 
     def norm(self, source: Source, norm: nn.GroupNorm, name: str, activation: Apply | None = None) -> Apply:
         """The group norm of a plane, and what comes behind it, as a function of its bands."""
@@ -65,8 +71,10 @@ class Streaming:
         """Mean and variance of each group, float64 `[groups]`: sums of every band about the first band's mean."""
         count, first = 0, None
         total = squares = torch.zeros(groups, dtype=torch.float64, device=self.compute)
-        for start, stop in bands(source.height, source.channels * source.width, self.band_elements):
-            band = source.rows(start, stop).float().reshape(groups, -1)
+        for start, stop in bands(source.height, source.batch * source.channels * source.width, self.band_elements):
+            band = self._measured(source, start, stop, groups)
+            if band.shape[1] == 0:
+                continue
             if first is None:
                 first = band.mean(1, keepdim=True)
             centred = band - first
@@ -76,6 +84,18 @@ class Streaming:
         assert first is not None
         shift = total / count
         return first[:, 0].double() + shift, (squares / count - shift.square()).clamp_min(0)
+
+    def _measured(self, source: Source, start: int, stop: int, groups: int) -> Tensor:
+        """What counts for the statistics in rows `start` to `stop`, float32 `[groups, n]`."""
+        band = source.rows(start, stop).float().transpose(0, 1)
+        if self.regions is None:
+            return band.reshape(groups, -1)
+        parts = []
+        for index, (top, bottom, left, right) in enumerate(self.regions):
+            first, last = (min(max(int(edge * source.height) - start, 0), stop - start) for edge in (top, bottom))
+            columns = slice(int(left * source.width), int(right * source.width))
+            parts.append(band[:, index, first:last, columns].reshape(groups, -1))
+        return torch.cat(parts, dim=1)
 
     def convolve(
         self,
@@ -100,9 +120,10 @@ class Streaming:
         if in_place and isinstance(source, Plane) and not self.wrap_rows:  # where the last band reads the first row
             target = source
         else:
-            target = Plane(layer.out_channels, height, width, source.dtype, self.store, self.compute)
+            shape = (source.batch, layer.out_channels, height, width)
+            target = Plane(shape, source.dtype, self.store, self.compute)
         kept: tuple[int, Tensor] | None = None
-        wide = max(layer.in_channels, layer.out_channels) * width
+        wide = source.batch * max(layer.in_channels, layer.out_channels) * width
         for start, stop in bands(height, wide, self.band_elements):
             read = self._read(source, layer, start, stop, before, ends_only, kept)
             result = functional.conv2d(read, layer.weight, layer.bias, layer.stride)
@@ -115,7 +136,7 @@ class Streaming:
 
     def convolved(self, source: Source, layer: nn.Conv2d, before: Apply) -> Iterator[tuple[int, Tensor]]:
         """First row and band of a convolution's result, one after the other, kept nowhere."""
-        for start, stop in bands(source.height, layer.in_channels * source.width, self.band_elements):
+        for start, stop in bands(source.height, source.batch * layer.in_channels * source.width, self.band_elements):
             read = self._read(source, layer, start, stop, before)
             yield start, functional.conv2d(read, layer.weight, layer.bias)
 
@@ -150,22 +171,18 @@ class Streaming:
 
         It would be the largest activation of all; three readings cost less than the memory.
         """
-        twice = Computed(
-            source.channels,
-            2 * source.height,
-            2 * source.width,
-            source.dtype,
-            lambda start, stop: (
-                source.rows(start // 2, -(-stop // 2))
-                .repeat_interleave(2, 2)
-                .repeat_interleave(2, 3)[:, :, start % 2 : start % 2 + stop - start]
-            ),
-        )
 
-        def rows(start: int, stop: int) -> Tensor:
+        def repeated(start: int, stop: int) -> Tensor:
+            band = source.rows(start // 2, -(-stop // 2)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+            return band[:, :, start % 2 : start % 2 + stop - start]
+
+        sides = (2 * source.height, 2 * source.width)
+        twice = Computed((source.batch, source.channels, *sides), source.dtype, repeated)
+
+        def convolved(start: int, stop: int) -> Tensor:
             return functional.conv2d(self._read(twice, layer, start, stop, None), layer.weight, layer.bias)
 
-        return Computed(layer.out_channels, twice.height, twice.width, source.dtype, rows)
+        return Computed((source.batch, layer.out_channels, *sides), source.dtype, convolved)
 
     def residual(self, source: Source, block: Any, name: str) -> Plane:
         """diffusers' `ResnetBlock2D` without a time embedding; the source is not needed any more."""
