@@ -72,9 +72,9 @@ def measure(base: str, sizes: Sequence[int], modes: Sequence[str], to: Path) -> 
             how = None if mode == STOCK_TILES else Decoding(mode, tile=tile, overlap=overlap)
             picture, seconds, peak = _timed(vae, latents, how, tile, device)
             right = picture if mode == "whole" else right
-            row = {"base": base, "px": px, "mode": mode, "seconds": f"{seconds:.3f}", "peak_gb": f"{peak:.3f}"}
+            row = {"base": base, "px": px, "mode": mode, "seconds": f"{seconds:.3f}", "peak_gb": peak}
             planned = "" if how is None else f"{decode_bytes(vae, px, px, mode, tile) / 1e9:.3f}"
-            row |= {"planned_gb": planned, **_errors(picture, right, px, tile, overlap)}
+            row |= {"planned_gb": planned, **_errors(picture, right, px, tile, tile // 4 if how is None else overlap)}
             print(*row.values(), flush=True)
             add_rows(to / "results.csv", [row], ("base", "px", "mode"))
             del picture
@@ -95,8 +95,8 @@ def stock_tiles(vae: Any, latents: Tensor, tile: int) -> Tensor:
 
 def _timed(
     vae: Any, latents: Tensor, how: Decoding | None, tile: int, device: torch.device
-) -> tuple[Tensor, float, float]:
-    """The picture on the CPU, seconds, and GB at most beside what was there before."""
+) -> tuple[Tensor, float, str]:
+    """The picture on the CPU, seconds, and GB at most beside what was there before; nobody counts those of a CPU."""
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -104,7 +104,9 @@ def _timed(
     began = time.perf_counter()
     picture = (stock_tiles(vae, latents, tile) if how is None else decode(vae, latents, how)).cpu()
     seconds = time.perf_counter() - began
-    return picture, seconds, (torch.cuda.max_memory_allocated() - held) / 1e9 if device.type == "cuda" else 0.0
+    if device.type == "cpu":
+        return picture, seconds, ""
+    return picture, seconds, f"{(torch.cuda.max_memory_allocated() - held) / 1e9:.3f}"
 
 
 def _errors(picture: Tensor, right: Tensor | None, px: int, tile: int, overlap: int) -> dict[str, str]:
