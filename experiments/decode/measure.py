@@ -1,6 +1,6 @@
 """Ways to decode a picture: how far from the untiled decoder, how long, how much memory.
 
-python experiments/decode/measure.py --base tiny --px 512 1024 2048        errors, on scenes that it encoded
+python experiments/decode/measure.py --base tiny --px 512 1024             errors, on scenes that it encoded
 python experiments/decode/measure.py --base flux1 --px 2048 4096 8192      seconds and memory, on a GPU
 
 `flux1` is the shape of FLUX.1's autoencoder with random weights: what it costs does not depend on them. Rows go to
@@ -34,10 +34,12 @@ FLUX1 = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
-TILE = {"tiny": 256, "flux1": 1024}
+TILES = {"tiny": (384, 144), "flux1": (1024, 256)}
+"""Side and overlap of tiles in px; overlaps are at least twice what convolutions reach."""
 WHOLE_LIMIT = {"tiny": 2048, "flux1": 4096}
 """Largest side in px that is decoded whole."""
-MODES = ("whole", "streamed", "host", "tiled")
+STOCK_TILES = "diffusers' tiles"
+MODES = ("whole", "streamed", "host", "tiled", STOCK_TILES)
 
 
 def autoencoder(base: str, device: torch.device) -> Any:
@@ -66,12 +68,13 @@ def measure(base: str, sizes: Sequence[int], modes: Sequence[str], to: Path) -> 
         for mode in modes:
             if mode == "whole" and px > WHOLE_LIMIT[base]:
                 continue
-            how = Decoding(mode, tile=TILE[base], overlap=TILE[base] // 4)
-            picture, seconds, peak = _timed(vae, latents, how, device)
+            tile, overlap = TILES[base]
+            how = None if mode == STOCK_TILES else Decoding(mode, tile=tile, overlap=overlap)
+            picture, seconds, peak = _timed(vae, latents, how, tile, device)
             right = picture if mode == "whole" else right
-            row = {"base": base, "px": px, "mode": mode, "seconds": f"{seconds:.3f}", "peak_gb": f"{peak:.3f}"}
-            planned = decode_bytes(vae, px, px, mode, TILE[base]) / 1e9
-            row |= {"planned_gb": f"{planned:.3f}", **_errors(picture, right, px, TILE[base])}
+            row = {"base": base, "px": px, "mode": mode, "seconds": f"{seconds:.3f}", "peak_gb": peak}
+            planned = "" if how is None else f"{decode_bytes(vae, px, px, mode, tile) / 1e9:.3f}"
+            row |= {"planned_gb": planned, **_errors(picture, right, px, tile, tile // 4 if how is None else overlap)}
             print(*row.values(), flush=True)
             add_rows(to / "results.csv", [row], ("base", "px", "mode"))
             del picture
@@ -81,21 +84,34 @@ def measure(base: str, sizes: Sequence[int], modes: Sequence[str], to: Path) -> 
             torch.cuda.empty_cache()
 
 
-def _timed(vae: Any, latents: Tensor, how: Decoding, device: torch.device) -> tuple[Tensor, float, float]:
-    """The picture on the CPU, seconds, and GB at most beside what was there before."""
+def stock_tiles(vae: Any, latents: Tensor, tile: int) -> Tensor:
+    """What diffusers' own tiling makes of latents, in [0, 1]: tiles with statistics and attention of their own."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // 8
+    picture = vae.decode(latents.to(vae.dtype)).sample
+    vae.disable_tiling()
+    return (picture.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _timed(
+    vae: Any, latents: Tensor, how: Decoding | None, tile: int, device: torch.device
+) -> tuple[Tensor, float, str]:
+    """The picture on the CPU, seconds, and GB at most beside what was there before; nobody counts those of a CPU."""
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    picture = decode(vae, latents, how).cpu()
+    picture = (stock_tiles(vae, latents, tile) if how is None else decode(vae, latents, how)).cpu()
     seconds = time.perf_counter() - began
-    return picture, seconds, (torch.cuda.max_memory_allocated() - held) / 1e9 if device.type == "cuda" else 0.0
+    if device.type == "cpu":
+        return picture, seconds, ""
+    return picture, seconds, f"{(torch.cuda.max_memory_allocated() - held) / 1e9:.3f}"
 
 
-def _errors(picture: Tensor, right: Tensor | None, px: int, tile: int) -> dict[str, str]:
+def _errors(picture: Tensor, right: Tensor | None, px: int, tile: int, overlap: int) -> dict[str, str]:
     """Against the untiled picture, in steps of 1/255, and the seam score at the tiles' borders."""
-    borders = list(range(tile - tile // 8, px - tile // 8, tile - tile // 4))
+    borders = list(range(tile - overlap // 2, px - overlap // 2, tile - overlap))
     seams = f"{seam_score(picture, borders):.3f}" if borders else ""
     if right is None:
         return {"max_error": "", "rms_error": "", "seams": seams}
@@ -107,7 +123,7 @@ def _errors(picture: Tensor, right: Tensor | None, px: int, tile: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=list(TILE), required=True)
+    parser.add_argument("--base", choices=list(TILES), required=True)
     parser.add_argument("--px", type=int, nargs="+", required=True, help="sides of the pictures")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--to", type=Path, default=HERE, help="folder of the table")
