@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from scale_dit.embedded.build import TinyGeometry
 from scale_dit.lora import ADAPTER, LoraSettings, add_lora
-from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.flux1 import Flux1
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.text import Text
 
 GEOMETRY = TinyGeometry(
     heads=2,

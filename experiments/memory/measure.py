@@ -32,8 +32,9 @@ from scale_dit.benchmark.timing import need_gpu
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.method import Method
-from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.flux1 import Flux1
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import PART, Memory
 from scale_dit.planning.run import RunPlan

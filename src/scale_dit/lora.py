@@ -13,7 +13,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -55,28 +54,31 @@ class LoraSettings:
             raise UserError(f"Unknown LoRA scope {self.scope!r}: use one of {', '.join(SCOPES)}.")
 
 
-def target_modules(transformer: FluxTransformer2DModel) -> list[str]:
+TARGETS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {}
+"""Kind of block -> its layers that get an adapter, and those of them that the last block's keys and values need."""
+
+
+def adapt(block: type[nn.Module], layers: tuple[str, ...], keys_values: tuple[str, ...]) -> None:
+    """Say which layers of a family's blocks get an adapter; names within the block."""
+    TARGETS[block] = layers, keys_values
+
+
+def target_modules(transformer: Any) -> list[str]:
     """Full names of the linear layers that get an adapter.
 
-    `x_embedder`; the image side's q, k, v, output and feed-forward of double blocks; q, k, v, MLP and output of single
-    blocks; and of the last block keys and values only, because nothing behind them is read.
+    `x_embedder`; of double blocks the image side's q, k, v, output and feed-forward; of single blocks q, k, v, MLP and
+    output; and of the last block keys and values only, because nothing behind them is read.
     """
-    double = [f"transformer_blocks.{i}" for i in range(len(transformer.transformer_blocks))]
-    single = [f"single_transformer_blocks.{i}" for i in range(len(transformer.single_transformer_blocks))]
-    last = (single or double)[-1]
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    blocks = [(f"{part}.{i}", block) for part in lists for i, block in enumerate(getattr(transformer, part))]
     names = ["x_embedder"]
-    for block in double + single:
-        if block == last:
-            layers: tuple[str, ...] = ("attn.to_k", "attn.to_v")
-        elif block in double:
-            layers = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
-        else:
-            layers = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
-        names += [f"{block}.{layer}" for layer in layers]
+    for name, block in blocks:
+        layers, keys_values = TARGETS[type(block)]
+        names += [f"{name}.{layer}" for layer in (keys_values if block is blocks[-1][1] else layers)]
     return names
 
 
-def add_lora(transformer: FluxTransformer2DModel, settings: LoraSettings, name: str = ADAPTER) -> list[nn.Parameter]:
+def add_lora(transformer: Any, settings: LoraSettings, name: str = ADAPTER) -> list[nn.Parameter]:
     """Freeze the transformer and add a fresh LoRA (Gaussian A, zero B) in float32.
 
     Returns:
@@ -95,7 +97,7 @@ def _peft_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, init_lora_weights="gaussian", target_modules=targets)
 
 
-def _check_count(transformer: FluxTransformer2DModel, name: str, expected: int) -> None:
+def _check_count(transformer: Any, name: str, expected: int) -> None:
     found = sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
     if found != expected:
         raise RuntimeError(f"the LoRA {name!r} should sit on {expected} layers, but sits on {found}")
@@ -122,20 +124,20 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             layer._active_adapter = active
 
 
-def remove_lora(transformer: FluxTransformer2DModel, name: str = ADAPTER) -> None:
+def remove_lora(transformer: Any, name: str = ADAPTER) -> None:
     """Take the LoRA off; if it was the only adapter, the transformer's modules and names are the stock ones again."""
     transformer.delete_adapters(name)
     if not getattr(transformer, "peft_config", None):
         transformer.unload_lora()
 
 
-def lora_state(transformer: FluxTransformer2DModel, name: str = ADAPTER) -> dict[str, Tensor]:
+def lora_state(transformer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
     """The LoRA's tensors by peft's names, such as `x_embedder.lora_A.weight`."""
     return get_peft_model_state_dict(transformer, adapter_name=name)
 
 
 def save_lora(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     folder: str | Path,
     settings: LoraSettings,
     record: dict[str, Any],
@@ -231,9 +233,7 @@ def check_record(record: dict[str, Any], base: str, method: dict[str, object]) -
     return [f"the LoRA was trained with {key}={record[key]}, now it is {method[key]}" for key in keys]
 
 
-def load_lora(
-    transformer: FluxTransformer2DModel, path: str | Path, name: str = ADAPTER
-) -> tuple[LoraSettings, dict[str, Any]]:
+def load_lora(transformer: Any, path: str | Path, name: str = ADAPTER) -> tuple[LoraSettings, dict[str, Any]]:
     """Add the LoRA of a file to the transformer, frozen.
 
     Raises:
@@ -252,9 +252,7 @@ def load_lora(
 
 
 @torch.no_grad()
-def load_lora_state(
-    transformer: FluxTransformer2DModel, tensors: dict[str, Tensor], source: str, name: str = ADAPTER
-) -> None:
+def load_lora_state(transformer: Any, tensors: dict[str, Tensor], source: str, name: str = ADAPTER) -> None:
     """Copy tensors named as `lora_state` names them into an adapter that is there already.
 
     Args:
