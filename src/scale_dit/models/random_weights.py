@@ -60,7 +60,7 @@ def random_part(
         draw_on: Where numbers are drawn; by default on `device`. A GPU fills host memory much faster than the CPU does.
     """
     with init_empty_weights(include_buffers=False):
-        module = part.build()
+        module: Any = part.build()
     draw_on = torch.device(device if draw_on is None else draw_on)
     generator = torch.Generator(draw_on).manual_seed(seed)
     for owner in module.modules():

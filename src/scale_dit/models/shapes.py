@@ -90,12 +90,15 @@ QWEN_4B = Part("transformers", "Qwen3ForCausalLM", {
 QWEN_8B = QWEN_4B.resized(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False)
 
 # A tiny text encoder knows as many words as its tokenizer has.
-TINY_CLIP = CLIP.resized(vocab_size=None, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                         projection_dim=32)  # fmt: skip
+TINY_CLIP = CLIP.resized(
+    vocab_size=None, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, projection_dim=32
+)
 TINY_T5 = T5.resized(vocab_size=None, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
 # The stock pipeline reads what is behind layers 9, 18 and 27.
-TINY_QWEN = QWEN_4B.resized(vocab_size=None, hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2,
-                            num_key_value_heads=1, head_dim=8, max_position_embeddings=512)  # fmt: skip
+TINY_QWEN = QWEN_4B.resized(
+    vocab_size=None, hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
+)  # fmt: skip
 
 FLUX1_TEXT: Shape = {"text_encoder": CLIP, "text_encoder_2": T5}
 TINY_FLUX1_TEXT: Shape = {"text_encoder": TINY_CLIP, "text_encoder_2": TINY_T5}

@@ -62,8 +62,8 @@ def check_transformer_file(file: str | None) -> None:
 
 
 def _does_not_fit(settings: BaseSettings, kind: str, reason: str) -> UserError:
+    first_line = reason.strip().splitlines()[0] if reason.strip() else "unknown keys"
     return UserError(
-        f"base.transformer_file={settings.transformer_file} does not fit base {settings.name!r}, whose transformer is a "
-        f"{kind}: {reason.strip().splitlines()[0] if reason.strip() else 'unknown keys'}. Select the base that it was "
-        f"made from (base=...)."
+        f"base.transformer_file={settings.transformer_file} does not fit base {settings.name!r}, whose transformer is "
+        f"a {kind}: {first_line}. Select the base that it was made from (base=...)."
     )
