@@ -40,7 +40,7 @@ from scale_dit.planning.memory import PART, Memory
 from scale_dit.planning.run import RunPlan
 
 HERE = Path(__file__).parent
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
 FULL_STEPS = 28
 WARM_PX = 512

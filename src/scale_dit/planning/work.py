@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.attention import resolve
-from scale_dit.autoencoder.decoding import decode_bytes
+from scale_dit.autoencoder.memory import decode_bytes
 from scale_dit.method import Method, Plan, draft_plan
 from scale_dit.models.settings import BaseSettings
 from scale_dit.planning.components import Components
