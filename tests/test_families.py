@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +9,11 @@ import torch
 from diffusers import DiffusionPipeline
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from safetensors.torch import load_file, save_file
-from training_runs import ROOT, SHORT, command_environment
+from training_runs import ROOT, SHORT
 
 from scale_dit.entry import train
-from scale_dit.errors import UserError
 from scale_dit.lora import read_lora
-from scale_dit.models import load_family
-from scale_dit.models.random_weights import TINY, base_settings, main, write_base
+from scale_dit.models.random_weights import TINY, base_settings, write_base
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.shapes import SHAPES, shape_of
 from scale_dit.pipeline import ScaleDiTPipeline

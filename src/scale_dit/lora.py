@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -40,12 +41,14 @@ class LoraSettings:
         alpha: The update is scaled by alpha / rank.
         scope: `guidance`: it acts on the guidance tokens alone (the paper); `all`: on the image pass too (ablation).
         path: File or folder of a trained one, for evaluation and generation; training starts a fresh one.
+        base: Name of the base that it was trained for, of a file by others that does not say so.
     """
 
     rank: int = 16
     alpha: float = 16
     scope: str = "guidance"
     path: str | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -98,9 +101,13 @@ def _peft_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
 
 
 def _check_count(transformer: Any, name: str, expected: int) -> None:
-    found = sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
-    if found != expected:
+    if (found := adapted_count(transformer, name)) != expected:
         raise RuntimeError(f"the LoRA {name!r} should sit on {expected} layers, but sits on {found}")
+
+
+def adapted_count(transformer: nn.Module, name: str) -> int:
+    """How many layers an adapter sits on."""
+    return sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
 
 
 def _adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
@@ -133,7 +140,9 @@ def remove_lora(transformer: Any, name: str = ADAPTER) -> None:
 
 def lora_state(transformer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
     """The LoRA's tensors by peft's names, such as `x_embedder.lora_A.weight`."""
-    return get_peft_model_state_dict(transformer, adapter_name=name)
+    # peft's own function takes the adapters whose names merely contain this one, too.
+    own = re.compile(rf"\.lora_([AB])\.{re.escape(name)}\.")
+    return {own.sub(r".lora_\1.", key): value for key, value in transformer.state_dict().items() if own.search(key)}
 
 
 def save_lora(
@@ -177,12 +186,9 @@ def file_digest(path: str | Path) -> str:
     return hashlib.sha256((path / FILE_NAME if path.is_dir() else path).read_bytes()).hexdigest()[:12]
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (without the `transformer.` prefix) and record of a LoRA file, or of the folder that holds one.
-
-    Raises:
-        UserError: Missing, truncated, not a LoRA, or without the record that this project writes.
-    """
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A LoRA file, or the one in a folder, its tensors not read yet."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -191,12 +197,40 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"LoRA file {path} cannot be read ({error}): it is truncated or no safetensors file."
         ) from error
+
+
+def open_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file, or of the folder that holds one, as they are.
+
+    Raises:
+        UserError: Missing or truncated.
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def has_record(path: str | Path) -> bool:
+    """Whether a LoRA file says what it was trained for, as this project's do.
+
+    Raises:
+        UserError: Missing or truncated.
+    """
+    with _opened(path) as file:
+        return OWN_RECORD in (file.metadata() or {})
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (without the `transformer.` prefix) and record of a LoRA file, or of the folder that holds one.
+
+    Raises:
+        UserError: Missing, truncated, not a LoRA, or without the record that this project writes.
+    """
+    tensors, metadata = open_lora(path)
     foreign = [key for key in tensors if not key.startswith(PREFIX) or ".lora_" not in key]
     if foreign or not tensors:
         raise UserError(
@@ -206,7 +240,8 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if OWN_RECORD not in metadata:
         raise UserError(
             f"LoRA file {path} was not written by Scale-DiT training (no '{OWN_RECORD}' record in its metadata), so "
-            f"it cannot be known to which base and scale it belongs. Train one with src/train.py."
+            f"it cannot be known to which base and scale it belongs. Say for which base with lora.base=..., or train "
+            f"one with src/train.py."
         )
     record = json.loads(metadata[OWN_RECORD])
     if lacking := [key for key in RECORD_KEYS if key not in record]:

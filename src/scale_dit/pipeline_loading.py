@@ -11,18 +11,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from scale_dit.autoencoder import Decoding
-from scale_dit.lora import ADAPTER, LoraSettings, check_record, load_lora, read_lora, remove_lora
 from scale_dit.method import Method
 from scale_dit.models import load_family
 from scale_dit.models.driver import Driver
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.single_file import transformer_of
+from scale_dit.pipeline_adapters import Adapters
 
 log = logging.getLogger(__name__)
 
 
-class LoadedPipeline(DiffusionPipeline):
-    """The components of the base's stock pipeline, unmodified, with the driver over them and, at times, a LoRA."""
+class LoadedPipeline(Adapters, DiffusionPipeline):
+    """The components of the base's stock pipeline, unmodified, with the driver over them and, at times, LoRAs."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"]  # noqa: RUF012
@@ -56,9 +56,7 @@ class LoadedPipeline(DiffusionPipeline):
         )
         self.method = Method()
         self.decoding = Decoding()
-        self.lora_settings: LoraSettings | None = None
-        self.lora_record: dict[str, Any] = {}
-        self.lora_path: str | None = None
+        self._no_adapters()
         self.base: Driver = None  # type: ignore[assignment]
         kind = type(transformer).__name__
         self.configure(BaseSettings.of_kind(kind, kind, is_distilled))
@@ -91,6 +89,7 @@ class LoadedPipeline(DiffusionPipeline):
         components = {name: base.pipeline.components[name] for name in base.parts}
         pipeline = cls(**components, is_distilled=base.settings.distilled)
         pipeline.base, pipeline.method = base, method
+        pipeline._adopt_adapters()
         return pipeline
 
     def configure(self, settings: BaseSettings, backend: str = "auto") -> None:
@@ -104,26 +103,3 @@ class LoadedPipeline(DiffusionPipeline):
     def settings(self) -> BaseSettings:
         """The base's geometry."""
         return self.base.settings
-
-    def load_lora_weights(self, path: str | Path) -> None:
-        """Load a Scale-DiT LoRA; it acts where its own scope says.
-
-        Raises:
-            UserError: It is missing, broken, foreign, or of another base.
-        """
-        _, record = read_lora(path)
-        method = {key: value for key, value in self.method.summary.items() if key != "scale"}  # a call has its own
-        for difference in check_record(record, self.settings.name, method):
-            log.warning("%s", difference)
-        self.unload_lora_weights()
-        self.lora_settings, self.lora_record = load_lora(self.transformer, path)
-        self.lora_path = str(path)
-        self.base.guidance_adapters = (ADAPTER,)
-        self.base.image_adapters = (ADAPTER,) if self.lora_settings.scope == "all" else ()
-
-    def unload_lora_weights(self) -> None:
-        """Remove the LoRA, also one that the base came with."""
-        if ADAPTER in getattr(self.transformer, "peft_config", {}):
-            remove_lora(self.transformer)
-            self.base.guidance_adapters, self.base.image_adapters = (), ()
-            self.lora_settings, self.lora_record, self.lora_path = None, {}, None
