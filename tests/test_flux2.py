@@ -10,7 +10,7 @@ from small_bases import SETTINGS, add_random_lora, drive_klein, klein, noise, ra
 from test_flux1 import ORDERS, PATTERNS, TIMES, geometry_of, ours, raster
 from torch import Tensor
 
-from scale_dit.lora import target_modules
+from scale_dit.lora_targets import target_modules
 from scale_dit.method import Method
 
 

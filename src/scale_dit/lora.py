@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from scale_dit.errors import UserError
+from scale_dit.lora_targets import target_modules
 
 ADAPTER = "scale_dit"
 PREFIX = "transformer."
@@ -57,30 +58,6 @@ class LoraSettings:
             raise UserError(f"Unknown LoRA scope {self.scope!r}: use one of {', '.join(SCOPES)}.")
 
 
-TARGETS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {}
-"""Kind of block -> its layers that get an adapter, and those of them that the last block's keys and values need."""
-
-
-def adapt(block: type[nn.Module], layers: tuple[str, ...], keys_values: tuple[str, ...]) -> None:
-    """Say which layers of a family's blocks get an adapter; names within the block."""
-    TARGETS[block] = layers, keys_values
-
-
-def target_modules(transformer: Any) -> list[str]:
-    """Full names of the linear layers that get an adapter.
-
-    `x_embedder`; of double blocks the image side's q, k, v, output and feed-forward; of single blocks q, k, v, MLP and
-    output; and of the last block keys and values only, because nothing behind them is read.
-    """
-    lists = ("transformer_blocks", "single_transformer_blocks")
-    blocks = [(f"{part}.{i}", block) for part in lists for i, block in enumerate(getattr(transformer, part))]
-    names = ["x_embedder"]
-    for name, block in blocks:
-        layers, keys_values = TARGETS[type(block)]
-        names += [f"{name}.{layer}" for layer in (keys_values if block is blocks[-1][1] else layers)]
-    return names
-
-
 def add_lora(transformer: Any, settings: LoraSettings, name: str = ADAPTER) -> list[nn.Parameter]:
     """Freeze the transformer and add a fresh LoRA (Gaussian A, zero B) in float32.
 
@@ -90,7 +67,7 @@ def add_lora(transformer: Any, settings: LoraSettings, name: str = ADAPTER) -> l
     transformer.requires_grad_(False)
     targets = target_modules(transformer)
     transformer.add_adapter(_peft_config(settings, targets), adapter_name=name)
-    _check_count(transformer, name, len(targets))
+    check_count(transformer, name, len(targets))
     # In bfloat16 AdamW's updates of a LoRA would round away.
     cast_training_params(transformer, torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -100,14 +77,15 @@ def _peft_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, init_lora_weights="gaussian", target_modules=targets)
 
 
-def _check_count(transformer: Any, name: str, expected: int) -> None:
-    if (found := adapted_count(transformer, name)) != expected:
+def check_count(transformer: Any, name: str, expected: int) -> None:
+    """Make sure that an adapter sits on as many layers as it should: peft skips names that match none.
+
+    Raises:
+        RuntimeError: It does not.
+    """
+    found = sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
+    if found != expected:
         raise RuntimeError(f"the LoRA {name!r} should sit on {expected} layers, but sits on {found}")
-
-
-def adapted_count(transformer: nn.Module, name: str) -> int:
-    """How many layers an adapter sits on."""
-    return sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
 
 
 def _adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from scale_dit.errors import UserError
-from scale_dit.lora import DIFFUSERS_CONFIG, PREFIX, adapted_count, load_lora_state, open_lora, remove_lora
+from scale_dit.lora import DIFFUSERS_CONFIG, PREFIX, check_count, load_lora_state, open_lora, remove_lora
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +167,7 @@ def add_foreign_lora(transformer: Any, tensors: dict[str, Tensor], source: str, 
     transformer.add_adapter(config, adapter_name=name)
     try:
         load_lora_state(transformer, tensors, source, name)
-        if (found := adapted_count(transformer, name)) != len(modules):
-            raise RuntimeError(f"the LoRA {name!r} should sit on {len(modules)} layers, but sits on {found}")
+        check_count(transformer, name, len(modules))
     except Exception:
         remove_lora(transformer, name)
         raise

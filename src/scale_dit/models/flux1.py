@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor
 
-from scale_dit.lora import adapt
+from scale_dit.lora_targets import adapt
 from scale_dit.models.driver import Driver, Rotary
 from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, project
 from scale_dit.models.text import Text

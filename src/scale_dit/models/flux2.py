@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
-from scale_dit.lora import adapt
+from scale_dit.lora_targets import adapt
 from scale_dit.models.driver import Driver, Rotary
 from scale_dit.models.flux2_attention import ParallelAttnProcessor, project_parallel
 from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, project
