@@ -11,6 +11,7 @@ from small_bases import noise
 
 from scale_dit.errors import UserError
 from scale_dit.sampling import (
+    LowPass,
     add_noise,
     denoise,
     low_pass,
@@ -129,24 +130,24 @@ def test_low_pass_keeps_a_slope_and_drops_a_chessboard():
 
 def test_low_pass_guidance_is_off_at_strength_zero_and_at_the_end():
     velocity, latents, draft = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=4), noise(1, 4, 8, 8, seed=5)
-    assert torch.equal(low_pass_guidance(velocity, latents, draft, 0.7, 0.0, 4.0), velocity)
-    late = low_pass_guidance(velocity, latents, draft, 1e-3, 1.0, 4.0)
+    assert torch.equal(low_pass_guidance(velocity, latents, draft, 0.7, LowPass(0.0), 4.0), velocity)
+    late = low_pass_guidance(velocity, latents, draft, 1e-3, LowPass(1.0), 4.0)
     torch.testing.assert_close(late, velocity, rtol=0, atol=0.02)
 
 
 def test_full_strength_at_pure_noise_takes_the_low_frequencies_from_the_draft_and_the_rest_from_the_model():
     velocity, latents, draft = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=4), noise(1, 4, 8, 8, seed=5)
-    guided = low_pass_guidance(velocity, latents, draft, 1.0, 1.0, 4.0)
+    guided = low_pass_guidance(velocity, latents, draft, 1.0, LowPass(1.0), 4.0)
     change = guided - velocity
     torch.testing.assert_close(change, low_pass(latents - draft - velocity, 4.0))
-    everything = low_pass_guidance(velocity, latents, draft, 1.0, 1.0, 1.0)  # scale 1: all frequencies are low
+    everything = low_pass_guidance(velocity, latents, draft, 1.0, LowPass(1.0), 1.0)  # scale 1: all frequencies are low
     torch.testing.assert_close(latents - everything, draft)
 
 
 def test_pull_decays_as_a_raised_cosine():
     velocity, latents, draft = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     for sigma, weight in ((1.0, 1.0), (0.5, 0.5), (1 / 3, 0.25)):
-        pulled = low_pass_guidance(velocity, latents, draft, sigma, 1.0, 2.0)
+        pulled = low_pass_guidance(velocity, latents, draft, sigma, LowPass(1.0), 2.0)
         torch.testing.assert_close(pulled * sigma, torch.full_like(pulled, weight))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from scale_dit.errors import UserError
 from scale_dit.generation.prompts import Prompt, read_prompts
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
-from scale_dit.sampling import check_sampling
+from scale_dit.recipe import Recipe, native_scale
+from scale_dit.sampling import LowPass, check_sampling
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class Sampling:
         steps, draft_steps: Of the refinement and of the draft.
         guidance_scale, draft_guidance_scale: Of the refinement and of the draft.
         start: Noise level at which refinement starts: 1 is pure noise, below it the upsampled and noised draft.
-        low_pass: Strength of the pull of low frequencies towards the draft; 0 is off.
+        low_pass, low_pass_schedule, low_pass_until: The pull of low frequencies towards the draft, see
+            `scale_dit.sampling.LowPass`; 0 is off.
         scale: HR side / draft side; `None` makes the draft as large as the base's native size.
         decode_tile: Side in px of the tiles of the decode mode `tiled`.
     """
@@ -37,6 +39,8 @@ class Sampling:
     draft_guidance_scale: float | None = None
     start: float = 1.0
     low_pass: float = 0.0
+    low_pass_schedule: str = "cosine"
+    low_pass_until: float = 0.0
     scale: float | None = None
     decode_tile: int = 1024
 
@@ -47,14 +51,34 @@ class Sampling:
             UserError: Steps, a start, a guidance scale or a tile that cannot be.
         """
         check_sampling(base, self.start, self.steps, self.draft_steps, self.guidance_scale, self.draft_guidance_scale)
+        _ = self.pull
         if self.decode_tile < SMALLEST_TILE:
             raise UserError(f"decode_tile is {self.decode_tile} px, but it must be at least {SMALLEST_TILE}: try 1024")
 
     def scale_for(self, base: BaseSettings, height: int, width: int) -> float:
         """HR side / draft side for a picture of `height` x `width` px."""
-        if self.scale is not None:
-            return self.scale
-        return max(1.0, max(0, height * width) ** 0.5 / base.native)
+        return native_scale(base, height, width) if self.scale is None else self.scale
+
+    @property
+    def pull(self) -> LowPass:
+        """The pull of low frequencies.
+
+        Raises:
+            UserError: Values that cannot be.
+        """
+        return LowPass(self.low_pass, self.low_pass_schedule, self.low_pass_until)
+
+    def recipe(self, base: BaseSettings, method: Method, height: int, width: int) -> Recipe:
+        """The recipe for pictures of `height` x `width` px.
+
+        Raises:
+            UserError: A size, scale or window that cannot be, with what can.
+        """
+        return Recipe.of(
+            base, method, height, width, scale=self.scale, steps=self.steps, draft_steps=self.draft_steps,
+            guidance_scale=self.guidance_scale, draft_guidance_scale=self.draft_guidance_scale, start=self.start,
+            low_pass=self.pull,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,7 @@ def collect_pictures(
             next(given for given in (prompt.width, width, side) if given is not None),
         )
         try:
-            check_size(base, method, sampling, *size)
+            sampling.recipe(base, method, *size)
         except UserError as error:
             if prompt.height is None and prompt.width is None:
                 raise
@@ -141,14 +165,3 @@ def collect_pictures(
     if not pictures:
         raise UserError("no line of the prompt file has a size that this base can make: the warnings above name them")
     return pictures
-
-
-def check_size(base: BaseSettings, method: Method, sampling: Sampling, height: int, width: int) -> None:
-    """Refuse what the method cannot make on the base.
-
-    Raises:
-        UserError: A size, scale or window that cannot be, with what can.
-    """
-    plan = replace(method, scale=sampling.scale_for(base, height, width)).plan(base, height, width)
-    # Shifted windows are checked when the layouts of odd blocks are made.
-    plan.layouts  # noqa: B018

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +138,11 @@ def _load(
 
 def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling) -> dict[str, float]:
     """Tokens times steps of each stage of one picture."""
-    settings, size = pipeline.settings, (picture.height, picture.width)
-    scale = sampling.scale_for(settings, *size)
-    layout = replace(pipeline.method, scale=scale).plan(settings, *size).layout
+    recipe = sampling.recipe(pipeline.settings, pipeline.method, picture.height, picture.width)
+    layout, draft = recipe.plan.layout, recipe.draft_plan.layout
     refine_step = layout.text + layout.image.tokens
-    work = {"refine": (sampling.steps or settings.steps) * refine_step, "decode": DECODE_STEPS * refine_step}
-    if layout.guidance is None and sampling.start == 1 and sampling.low_pass == 0:
-        return work
-    draft = pipeline.draft_plan(*size, scale).layout
-    return {"draft": (sampling.draft_steps or settings.steps) * (draft.text + draft.image.tokens), **work}
+    work = {"refine": recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}
+    return {"draft": recipe.draft_steps * (draft.text + draft.image.tokens), **work} if recipe.needs_draft else work
 
 
 def _make(
@@ -165,6 +161,8 @@ def _make(
         draft_guidance_scale=sampling.draft_guidance_scale,
         start=sampling.start,
         low_pass=sampling.low_pass,
+        low_pass_schedule=sampling.low_pass_schedule,
+        low_pass_until=sampling.low_pass_until,
         scale=sampling.scale_for(pipeline.settings, picture.height, picture.width),
         generator=torch.Generator().manual_seed(picture.seed),
         output_type="pt",

@@ -8,7 +8,7 @@ pass has no text and no noise and needs keys and values only, and the timestep s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scale_dit.anchors import ntk_theta
 from scale_dit.attention import avoid_failing_kernels
-from scale_dit.autoencoder import Decoding, decode, encode
+from scale_dit.autoencoder import Decoding, decode, decode_bands, encode
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
 from scale_dit.method import Plan
@@ -161,10 +161,19 @@ class Flux1:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, how: Decoding | None = None) -> Tensor:
         """Normalised latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` float32 in [0, 1]."""
+        with called(self.pipeline.vae):
+            return decode(self.pipeline.vae, self._vae_latents(latents), how)
+
+    @torch.no_grad()
+    def decode_bands(self, latents: Tensor, how: Decoding) -> Iterator[tuple[int, Tensor]]:
+        """One picture from normalised latents `[1, C, h, w]`, as `scale_dit.autoencoder.decode_bands` yields it."""
+        with called(self.pipeline.vae):
+            yield from decode_bands(self.pipeline.vae, self._vae_latents(latents), how)
+
+    def _vae_latents(self, latents: Tensor) -> Tensor:
+        """Normalised latents as the autoencoder takes them, where it is."""
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        with called(vae):
-            return decode(vae, latents.to(vae.device), how)
+        return (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.device)
 
     @staticmethod
     def pack(latents: Tensor, order: Tensor) -> Tensor:
