@@ -18,9 +18,9 @@ from small_bases import SETTINGS
 
 from scale_dit.device import choose_device
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import load_picture, read_provenance
 from scale_dit.generation import Picture, Sampling, generate
 from scale_dit.method import Method
+from scale_dit.picture_files import load_picture, read_provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 'a "large" (red) circle, it\'s a=b [c] ${d} \\'

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import read_provenance
 from scale_dit.generation import Picture, read_prompts
 from scale_dit.generation.folder import FINISHED, OutputFolder
+from scale_dit.picture_files import read_provenance
 
 PICTURES = [Picture(index, f'prompt, "{index}" = é', "", 10 + index, 16, 32) for index in range(3)]
 COST = {"seconds": {"draft": 0.25, "refine": 1.0}, "peak_bytes": {}}

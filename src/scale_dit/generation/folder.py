@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import fingerprint, read_provenance, save_picture
 from scale_dit.files import write_atomically
 from scale_dit.generation.pictures import Picture
+from scale_dit.picture_files import fingerprint, read_provenance, save_picture
 from scale_dit.provenance import commit, machine, versions
 
 FINISHED = "pictures.jsonl"
