@@ -103,7 +103,7 @@ def test_metadata_that_does_not_fit_is_kept_beside_the_picture(tmp_path, caplog)
 
 
 def test_a_large_picture_is_never_whole(tmp_path):
-    height, width, rows = 4096, 2048, 64
+    height, width, rows = 8192, 2048, 64
     for name in ("png", "tiff16"):
         tracemalloc.start()
         band = torch.rand(3, rows, width)
