@@ -85,7 +85,7 @@ def test_ctrl_c_says_how_to_go_on(small_folder, tmp_path):
     started.send_signal(signal.SIGINT)
     output, _ = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert "The same command with output=out goes on." in output
+    assert "python src/generate.py resume=out" in output
     assert 0 < len(list(tmp_path.glob("out/*.png"))) < 500
     assert not (tmp_path / "out" / "pictures.jsonl").exists()
 

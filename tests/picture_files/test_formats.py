@@ -109,7 +109,7 @@ def test_a_large_picture_is_never_whole(tmp_path):
         band = torch.rand(3, rows, width)
         with atomic_file(tmp_path / "a") as file:
             values = (np.ascontiguousarray((band * 255).byte().permute(1, 2, 0)) for _ in range(height // rows))
-            FORMATS[name].write(file, values, height, width, 8, None, None)
+            FORMATS[name].write(file, values, height, width, 8, lambda: None, None)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < height * width * 3 / 3, name
@@ -128,7 +128,7 @@ def test_pictures_above_pillows_limit_are_read(tmp_path, monkeypatch):
 def test_png_is_what_other_readers_take(tmp_path):
     content = io.BytesIO()
     values = np.arange(5 * 7 * 3, dtype=np.uint16).reshape(5, 7, 3) * 613
-    write_png(content, [values[:2], values[2:]], 5, 7, 16, None, None)
+    write_png(content, [values[:2], values[2:]], 5, 7, 16, lambda: None, None)
     data = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
     assert np.array_equal(decode_png(data, ImageReadMode.UNCHANGED).to(torch.int32).permute(1, 2, 0).numpy(), values)
     Image.open(content).verify()

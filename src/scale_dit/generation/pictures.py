@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_dit.errors import UserError
+from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.prompts import Prompt, read_prompts
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
@@ -93,9 +94,9 @@ class Picture:
     width: int
 
     @property
-    def file_name(self) -> str:
-        """Its file in the output folder."""
-        return f"{self.index:05d}_seed{self.seed}.png"
+    def stem(self) -> str:
+        """The name of its files in the output folder, without suffix."""
+        return f"{self.index:05d}_seed{self.seed}"
 
 
 def collect_prompts(prompt: str | Sequence[str] | None, prompts_file: str | Path | None) -> list[Prompt]:
@@ -130,6 +131,7 @@ def collect_pictures(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str = "",
+    photo: DraftPhoto | None = None,
 ) -> list[Picture]:
     """Every picture to make; a line of a file whose size cannot be is left out with a warning.
 
@@ -137,6 +139,7 @@ def collect_pictures(
         n: Pictures of each prompt, with consecutive seeds.
         seed, height, width, negative_prompt: For prompts that say nothing of their own. Sizes in px; `None` is `scale`
             (or the method's) times the base's native side.
+        photo: A picture that stands for the drafts; sizes are of its aspect.
 
     Raises:
         UserError: `n`, or a size given for all, cannot be; or nothing is left to make.
@@ -146,14 +149,17 @@ def collect_pictures(
     if seed < 0:
         raise UserError(f"seed is {seed}, but it cannot be negative")
     side = round(base.native * (sampling.scale or method.scale))
+    default = (side, side) if photo is None else photo.fitting_size(base, side)
     pictures: list[Picture] = []
     for prompt in prompts:
         size = (
-            next(given for given in (prompt.height, height, side) if given is not None),
-            next(given for given in (prompt.width, width, side) if given is not None),
+            next(given for given in (prompt.height, height, default[0]) if given is not None),
+            next(given for given in (prompt.width, width, default[1]) if given is not None),
         )
         try:
             sampling.recipe(base, method, *size)
+            if photo is not None:
+                photo.check_aspect(base, *size)
         except UserError as error:
             if prompt.height is None and prompt.width is None:
                 raise

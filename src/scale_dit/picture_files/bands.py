@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 Band = NDArray[np.uint8] | NDArray[np.uint16]
 """Some whole rows of a picture, `[rows, W, 3]`, 8 or 16 bits a value."""
+
+Metadata = Callable[[], str | None]
+"""Text for a picture's file, known when the last band is."""
 
 
 def to_uint8(images: Tensor) -> Tensor:

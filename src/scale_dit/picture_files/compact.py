@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from scale_dit.picture_files.bands import Band
+from scale_dit.picture_files.bands import Band, Metadata
 
 DESCRIPTION = 0x010E
 """EXIF's ImageDescription, of ASCII."""
@@ -17,21 +17,23 @@ JXL_PACKAGE = "pillow-jxl-plugin"
 
 
 def write_webp(
-    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: str | None, quality: int | None
+    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: Metadata, quality: int | None
 ) -> None:
     """Write bands `[rows, W, 3]` of a picture of `height` x `width` px; see `PictureFormat.write`."""
     options: dict[str, Any] = {"lossless": True, "quality": 20} if quality is None else {"quality": quality}
-    _picture(bands).save(file, format="WEBP", exif=_exif(metadata), method=2, **options)
+    picture = _picture(bands)
+    picture.save(file, format="WEBP", exif=_exif(metadata()), method=2, **options)
 
 
 def write_jxl(
-    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: str | None, quality: int | None
+    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: Metadata, quality: int | None
 ) -> None:
     """Write bands `[rows, W, 3]` of a picture of `height` x `width` px; see `PictureFormat.write`."""
     import pillow_jxl  # noqa: F401  # registers the format
 
     options: dict[str, Any] = {"lossless": True} if quality is None else {"quality": quality}
-    _picture(bands).save(file, format="JXL", exif=_exif(metadata), effort=3, **options)
+    picture = _picture(bands)
+    picture.save(file, format="JXL", exif=_exif(metadata()), effort=3, **options)
 
 
 def jxl_missing() -> str | None:

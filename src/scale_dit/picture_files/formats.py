@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from scale_dit.errors import UserError
-from scale_dit.picture_files.bands import Band
+from scale_dit.picture_files.bands import Band, Metadata
 from scale_dit.picture_files.compact import jxl_missing, write_jxl, write_webp
 from scale_dit.picture_files.png import LONGEST_TEXT, write_png
 from scale_dit.picture_files.tiff import write_tiff
@@ -20,8 +20,8 @@ class PictureFormat:
     Args:
         suffix: Of its files.
         bits: A value.
-        write: Writes bands of a picture: `(file, bands, height, width, bits, metadata, quality)`; metadata is ASCII or
-            `None`, quality as in `check`.
+        write: Writes bands of a picture: `(file, bands, height, width, bits, metadata, quality)`; metadata is called
+            after the last band and gives ASCII or `None`, quality is as in `check`.
         longest: Side in px of the largest picture.
         longest_metadata: Bytes of text that readers take.
         missing: Why it cannot be written here, if so.
@@ -30,7 +30,7 @@ class PictureFormat:
 
     suffix: str
     bits: int
-    write: Callable[[BinaryIO, Iterable[Band], int, int, int, str | None, int | None], None]
+    write: Callable[[BinaryIO, Iterable[Band], int, int, int, Metadata, int | None], None]
     longest: int = 2**31 - 1
     longest_metadata: int = 2**31 - 1
     missing: Callable[[], str | None] = lambda: None

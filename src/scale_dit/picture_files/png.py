@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import PngImagePlugin
 
-from scale_dit.picture_files.bands import Band
+from scale_dit.picture_files.bands import Band, Metadata
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = "scale_dit"
@@ -22,18 +22,19 @@ COMPRESSION = 3
 
 
 def write_png(
-    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: str | None, quality: int | None
+    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: Metadata, quality: int | None
 ) -> None:
     """Write bands `[rows, W, 3]` of a picture of `height` x `width` px; see `PictureFormat.write`."""
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     file.write(SIGNATURE + _chunk(b"IHDR", header))
-    if metadata is not None:
-        file.write(_chunk(b"iTXt", KEYWORD.encode() + b"\0\0\0\0\0" + metadata.encode()))
     compressor = zlib.compressobj(COMPRESSION)
     for rows in _filtered(bands, width * 3 * bits // 8):
         if data := compressor.compress(rows):
             file.write(_chunk(b"IDAT", data))
-    file.write(_chunk(b"IDAT", compressor.flush()) + _chunk(b"IEND", b""))
+    file.write(_chunk(b"IDAT", compressor.flush()))
+    if (text := metadata()) is not None:
+        file.write(_chunk(b"iTXt", KEYWORD.encode() + b"\0\0\0\0\0" + text.encode()))
+    file.write(_chunk(b"IEND", b""))
 
 
 def _filtered(bands: Iterable[Band], row_bytes: int) -> Iterator[bytes]:

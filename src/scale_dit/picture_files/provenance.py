@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from scale_dit.picture_files.tiff import tiff_description
 
 log = logging.getLogger(__name__)
 
+Provenance = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+
 SUFFIX_BESIDE = ".json"
 UNREADABLE = (OSError, SyntaxError, RuntimeError, tifffile.TiffFileError)
 """What readers raise on damaged files: SyntaxError is Pillow's on broken PNG chunks, RuntimeError that of JPEG XL."""
@@ -32,7 +34,7 @@ def write_picture(
     bands: Iterable[Tensor],
     height: int,
     width: int,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
     how: PictureFormat = FORMATS["png"],
     quality: int | None = None,
 ) -> None:
@@ -44,25 +46,35 @@ def write_picture(
     Args:
         bands: The picture in bands `[3, rows, W]`, float in [0, 1] or uint8, from the top.
         height, width: In px.
+        provenance: Plain values, or what gives them when all bands are there.
         quality: See `PictureFormat.check`.
 
     Raises:
         OSError: As the file system says.
         ValueError: A value of the picture is not finite.
     """
-    metadata = None if provenance is None else json.dumps(dict(provenance), default=str)
-    beside = path.with_suffix(SUFFIX_BESIDE)
-    fits = metadata is None or len(metadata) <= how.longest_metadata
+    too_long: list[str] = []
+
+    def metadata() -> str | None:
+        if provenance is None:
+            return None
+        text = json.dumps(dict(provenance() if callable(provenance) else provenance), default=str)
+        if len(text) <= how.longest_metadata:
+            return text
+        too_long.append(text)
+        return None
+
     with atomic_file(path) as file:
-        how.write(file, quantise(bands, how.bits), height, width, how.bits, metadata if fits else None, quality)
-    if metadata is None or fits:
+        how.write(file, quantise(bands, how.bits), height, width, how.bits, metadata, quality)
+    beside = path.with_suffix(SUFFIX_BESIDE)
+    if not too_long:
         beside.unlink(missing_ok=True)
         return
     log.warning(
         "%s: %d bytes of metadata cannot be written into a %s file, which holds %d: they are in %s",
-        path, len(metadata), how.suffix, how.longest_metadata, beside,
+        path, len(too_long[0]), how.suffix, how.longest_metadata, beside,
     )  # fmt: skip
-    write_atomically(beside, metadata)
+    write_atomically(beside, too_long[0])
 
 
 def save_picture(image: Tensor, path: Path, provenance: Mapping[str, Any] | None = None) -> None:

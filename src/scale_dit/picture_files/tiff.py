@@ -9,15 +9,17 @@ from typing import BinaryIO
 import numpy as np
 import tifffile
 
-from scale_dit.picture_files.bands import Band, regroup
+from scale_dit.picture_files.bands import Band, Metadata, regroup
 
 TILE = 512
 TILES_AT_ONCE = 2**22
 """Bytes of tiles that are compressed together."""
+UNKNOWN = "-"
+"""Description of a picture of which nothing is known."""
 
 
 def write_tiff(
-    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: str | None, quality: int | None
+    file: BinaryIO, bands: Iterable[Band], height: int, width: int, bits: int, metadata: Metadata, quality: int | None
 ) -> None:
     """Write bands `[rows, W, 3]` of a picture of `height` x `width` px; see `PictureFormat.write`."""
     with tifffile.TiffWriter(file, bigtiff=True) as writer:
@@ -29,10 +31,13 @@ def write_tiff(
             photometric="rgb",
             compression="adobe_deflate",
             predictor=True,
-            description=metadata,
+            description=UNKNOWN,
             metadata=None,
             buffersize=TILES_AT_ONCE,
         )
+    file.seek(0)
+    with tifffile.TiffFile(file, mode="r+") as written:
+        written.pages.first.tags["ImageDescription"].overwrite(metadata() or UNKNOWN)
 
 
 def tiff_description(path: Path) -> str | None:
@@ -42,7 +47,7 @@ def tiff_description(path: Path) -> str | None:
         end = max(start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True))
         if end > path.stat().st_size:
             return None
-        return page.description or None
+        return None if page.description == UNKNOWN else page.description
 
 
 def _tiles(bands: Iterable[Band]) -> Iterator[Band]:
