@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,9 +78,11 @@ CALLS_OF_DRAFT = 2 * 2 * 2
 CALLS_OF_GUIDANCE = 2
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, replace(SAMPLING, start=0.7, low_pass=0.5)])
-@pytest.mark.parametrize("steps_done", [0, 1, 3])
-def test_an_interrupted_picture_goes_on_bit_by_bit(make, tmp_path, whole, sampling, steps_done):
+@pytest.mark.parametrize(
+    ("steps_done", "sampling"),
+    [(0, SAMPLING), (3, SAMPLING), (1, replace(SAMPLING, start=0.7, low_pass=0.5, low_pass_schedule="linear"))],
+)
+def test_an_interrupted_picture_goes_on_bit_by_bit(make, tmp_path, whole, steps_done, sampling):
     expected = whole[0] if sampling == SAMPLING else load_picture(make("other", sampling=sampling)[0])
     calls = CALLS_OF_DRAFT + CALLS_OF_GUIDANCE + 4 * steps_done + 2
     with Stop(BLOCK, calls, KeyboardInterrupt()), pytest.raises(SystemExit) as stopped:
@@ -192,25 +195,50 @@ def test_shards_are_equal_parts_of_a_list(make, tmp_path, whole):
     assert make("out", PICTURES, shard="2/2") == second, "a late part finds its work done"
 
 
-TAKE = """
-import sys
-from pathlib import Path
-from scale_dit.generation.claims import Claims
-claims = Claims(Path(sys.argv[1]))
-print(claims.take(1), flush=True)
-sys.stdin.readline()
-"""
+def hold_claim(folder: Path, taken, wait) -> None:
+    with Claims(folder) as claims:
+        taken.put(claims.take(1))
+        wait.wait()
 
 
 def test_a_claim_is_one_processes_and_dies_with_it(tmp_path: Path):
-    with subprocess.Popen(
-        [sys.executable, "-c", TAKE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline().strip() == "True"
-        with Claims(tmp_path) as claims:
-            assert claims.take(0)
-            assert not claims.take(1)
-            other.kill()
-            other.wait()
-            assert claims.take(1), "a killed process keeps nothing"
+    context = multiprocessing.get_context("fork")
+    taken = context.SimpleQueue()
+    other = context.Process(target=hold_claim, args=(tmp_path, taken, context.Event()))
+    other.start()
+    assert taken.get()
+    with Claims(tmp_path) as claims:
+        assert claims.take(0)
+        assert not claims.take(1)
+        other.kill()
+        other.join()
+        assert claims.take(1), "a killed process keeps nothing"
+
+
+@contextmanager
+def largest_file(size: int):
+    """As on a full disk: files end at `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_what_goes_on(make, tmp_path, whole):
+    # Latents of the picture have 33 kB, the picture itself about 90.
+    with largest_file(50_000), pytest.raises(UserError) as error:
+        make("out")
+    assert "File too large" in str(error.value)
+    assert f"resume={tmp_path / 'out'}" in str(error.value)
+    assert not list(tmp_path.glob("out/**/*.part")), "nothing half-written is left"
+    with Stop(BLOCK, 1, AssertionError("only decoding is left")):
+        (file,) = make("out")
+    assert torch.equal(load_picture(file), whole[0])
+
+
+def test_a_disk_too_full_for_latents_says_so(make, tmp_path):
+    with largest_file(20_000), pytest.raises(UserError, match="saved steps are kept"):
+        make("out")
+    assert list(tmp_path.glob("out/latents/*.draft.safetensors"))
