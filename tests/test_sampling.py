@@ -11,6 +11,7 @@ from small_bases import noise
 
 from scale_dit.errors import UserError
 from scale_dit.sampling import (
+    LOW_PASS_SCHEDULES,
     LowPass,
     add_noise,
     denoise,
@@ -176,3 +177,36 @@ def test_training_levels_are_logit_normal_and_shifted_towards_noise():
     torch.testing.assert_close(3 * grid / (1 + 2 * grid), sigmas)
     order = plain.argsort()
     torch.testing.assert_close(shifted[order], 3 * plain[order] / (1 + 2 * plain[order]))
+
+
+def test_the_pull_goes_with_the_noise_level_as_its_schedule_says():
+    weights = {name: [LowPass(0.5, name).weight(sigma) for sigma in (1.0, 0.5, 0.0)] for name in LOW_PASS_SCHEDULES}
+    assert weights["cosine"] == pytest.approx([0.5, 0.25, 0.0])
+    assert weights["linear"] == [0.5, 0.25, 0.0]
+    assert weights["constant"] == [0.5, 0.5, 0.5]
+    until = LowPass(0.5, "constant", until=0.6)
+    assert [until.weight(sigma) for sigma in (0.7, 0.6, 0.5)] == [0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((1.5,), "low_pass is 1.5"),
+        ((0.5, "steep"), "unknown low_pass_schedule 'steep': use one of constant, cosine, linear"),
+        ((0.5, "cosine", 2.0), "low_pass_until is 2.0"),
+    ],
+)
+def test_a_pull_that_cannot_be_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        LowPass(*values)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_sampling_goes_on_from_any_step_bit_by_bit(first):
+    velocity = lambda latents, sigma: latents.sin() * sigma  # noqa: E731
+    kept = {}
+    begin = noise(1, 2, 3)
+    whole = denoise(velocity, begin, make_scheduler(4, 3.0, 0.8, CPU), lambda i, t, x: kept.update({i + 1: x}))
+    assert torch.equal(denoise(velocity, kept.get(first, begin), make_scheduler(4, 3.0, 0.8, CPU, first)), whole)
+    with pytest.raises(UserError, match="first step is 5"):
+        make_scheduler(4, 3.0, 0.8, CPU, 5)

@@ -93,7 +93,7 @@ class GenerationProgress:
         """The next picture is not made here."""
         self.current += 1
         self.estimate.pictures[self.current] = {}
-        self.bar.update(self.task, total=self.bar.tasks[0].total - sum(self.work[self.current].values()))
+        self.bar.update(self.task, total=sum(sum(stages.values()) for stages in self.estimate.pictures))
 
     def begin(self) -> None:
         """The next picture begins."""

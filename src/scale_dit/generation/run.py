@@ -111,6 +111,7 @@ def _make_all(
     """
     pipeline = setup.load(plan)
     work = [_work(pipeline, picture, setup.sampling, job.stage) for picture in pictures]
+    interrupted = False
     try:
         with interrupted_by_termination(), GenerationProgress(work, console) as progress:
             workshop = Workshop(pipeline, setup.sampling, folder, progress.step, setup.photo)
@@ -118,6 +119,8 @@ def _make_all(
                 for picture in pictures:
                     _make(Making(workshop, picture), job.stage, claims, progress, plan)
     except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
         console.print("Interrupted; every step is saved. Go on with:", markup=False)
         console.print(f"  {resume_command(folder.path)}", markup=False, soft_wrap=True)
         sys.exit(INTERRUPTED_STATUS)

@@ -17,12 +17,12 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scale_dit.anchors import ntk_theta
+from scale_dit.anchors import ntk_theta, yarn_rotary
 from scale_dit.attention import avoid_failing_kernels
 from scale_dit.autoencoder import Decoding, decode, decode_bands, encode
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
-from scale_dit.method import Plan
+from scale_dit.method import Method, Plan
 from scale_dit.models.chunking import chunked_feed_forward
 from scale_dit.models.flux_attention import BlockAttention, KeysValues, LayoutAttnProcessor, block_keys_values, fuses
 from scale_dit.models.hooks import called, calls_transformer
@@ -215,7 +215,7 @@ class Flux1:
             hidden = self.transformer.x_embedder(tokens.to(self.dtype))
         time = torch.zeros(len(tokens), device=tokens.device)
         embedding = self._time_embedding(time, guidance_scale, pooled)
-        rotary = self._rotary(plan.guidance_ids, plan.method.ntk, hidden.device)
+        rotary = self._rotary(plan.guidance_ids, plan.method, hidden.device)
         no_text = hidden[:, :0]
         keys_values: list[KeysValues] = []
         *blocks, last = self._blocks
@@ -256,7 +256,7 @@ class Flux1:
         embedding = self._time_embedding(time, guidance_scale, text.pooled)
         words = transformer.context_embedder(text.tokens.to(self.dtype))
         ids = torch.cat([plan.text_ids, plan.image_ids])
-        rotary = self._rotary(ids, plan.method.ntk, image.device)
+        rotary = self._rotary(ids, plan.method, image.device)
         for index, block in enumerate(self._blocks):
             block_guidance = guidance[index] if guidance is not None else None
             attention = BlockAttention(plan.layouts[index % 2], self.backend, block_guidance)
@@ -302,9 +302,12 @@ class Flux1:
             return embed(time.float() * 1000, scale.float() * 1000, pooled)
         return embed(time.float() * 1000, pooled)
 
-    def _rotary(self, ids: Tensor, ntk: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rotary(self, ids: Tensor, method: Method, device: torch.device) -> tuple[Tensor, Tensor]:
         embed = self.transformer.pos_embed
-        if ntk == 1:
+        if method.yarn != 1:
+            length, factors = self.settings.native // self.settings.token_size, (1.0, method.yarn, method.yarn)
+            return yarn_rotary(ids.to(device), embed.theta, embed.axes_dim, factors, length)
+        if method.ntk == 1:
             return embed(ids.to(device))
-        stretched = FluxPosEmbed(ntk_theta(embed.theta, ntk, max(embed.axes_dim)), embed.axes_dim)
+        stretched = FluxPosEmbed(ntk_theta(embed.theta, method.ntk, max(embed.axes_dim)), embed.axes_dim)
         return stretched(ids.to(device))

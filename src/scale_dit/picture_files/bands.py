@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Band = NDArray[np.uint8] | NDArray[np.uint16]
+Band = NDArray[np.unsignedinteger]
 """Some whole rows of a picture, `[rows, W, 3]`, 8 or 16 bits a value."""
 
 Metadata = Callable[[], str | None]

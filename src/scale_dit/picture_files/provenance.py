@@ -79,7 +79,8 @@ def write_picture(
 
 def save_picture(image: Tensor, path: Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write one picture `[3, H, W]` as PNG, atomically, with `provenance` as JSON in a text chunk."""
-    write_picture(path, [image], *image.shape[-2:], provenance)
+    height, width = image.shape[-2:]
+    write_picture(path, [image], height, width, provenance)
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
