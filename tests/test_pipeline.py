@@ -421,7 +421,7 @@ def test_yarn_changes_the_picture_and_excludes_ntk(pipeline):
     assert not torch.allclose(plain, latents_of(pipeline), atol=1e-3)
     with pytest.raises(UserError, match=r"method.yarn=2.0 exclude"):
         Method(yarn=2.0, ntk=2.0)
-    with pytest.raises(UserError, match="YaRN factor is 0.5"):
+    with pytest.raises(UserError, match=r"YaRN factor is 0\.5"):
         Method(yarn=0.5)
 
 
