@@ -3,19 +3,34 @@
 python src/generate.py base=tiny prompt='a large red circle left of a small blue star, on sand'
 python src/generate.py base=tiny prompts_file=prompts.csv n=4 output=pictures
 python src/generate.py experiment=scale_dit_4k prompt='a harbour at dawn' height=4096 width=4096
+python src/generate.py base=tiny draft=photo.png start=0.6 prompt='a red circle on sand'
+python src/generate.py resume=pictures
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from scale_dit.entry import entry_point
+from scale_dit.errors import UserError
 from scale_dit.evaluation.baselines import default_lora
-from scale_dit.generation import Sampling, collect_pictures, collect_prompts, generate, quote_text_options
+from scale_dit.generation import (
+    DraftPhoto,
+    Files,
+    Job,
+    Sampling,
+    collect_pictures,
+    collect_prompts,
+    generate,
+    quote_text_options,
+    resume_arguments,
+)
+from scale_dit.messages import print_error
 
 SAMPLING = (
     "steps",
@@ -24,10 +39,13 @@ SAMPLING = (
     "draft_guidance_scale",
     "start",
     "low_pass",
+    "low_pass_schedule",
+    "low_pass_until",
     "scale",
     "decode_tile",
 )
 FOR_ALL = ("n", "seed", "height", "width", "negative_prompt")
+FILES = ("format", "quality", "save_every", "keep_latents")
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
@@ -39,15 +57,24 @@ def main(cfg: DictConfig) -> None:
     base.check_weights()
     prompts = collect_prompts(values["prompt"], values["prompts_file"])
     sampling = Sampling(**{name: values[name] for name in SAMPLING})
-    pictures = collect_pictures(prompts, base, method, sampling, **{name: values[name] for name in FOR_ALL})
-    files = generate(
+    files = Files(**{name: values[name] for name in FILES})
+    job = Job(values["stage"], values["pick"], values["shard"], resume=values["resume"] is not None)
+    photo = DraftPhoto(Path(values["draft"])) if values["draft"] is not None else None
+    for_all = {name: values[name] for name in FOR_ALL}
+    pictures = collect_pictures(prompts, base, method, sampling, photo=photo, **for_all)
+    made = generate(
         pictures, base, method, sampling, cfg.output,
-        lora=default_lora(cfg.lora.path), backend=cfg.attention.name, device=cfg.device, dtype=cfg.dtype,
-        overwrite=cfg.overwrite, memory=hydra.utils.instantiate(cfg.memory), config=values,
+        lora=default_lora(cfg.lora.path), photo=photo, job=job, files=files, backend=cfg.attention.name,
+        device=cfg.device, dtype=cfg.dtype, overwrite=cfg.overwrite, memory=hydra.utils.instantiate(cfg.memory),
+        config=values,
     )  # fmt: skip
-    print(*files, sep="\n")
+    print(*made, sep="\n")
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_text_options(sys.argv[1:])
+    try:
+        sys.argv[1:] = resume_arguments(quote_text_options(sys.argv[1:]))
+    except UserError as error:
+        print_error(error)
+        sys.exit(2)
     main()

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 from scale_dit import anchors
-from scale_dit.anchors import guidance_ids, image_ids, ntk_theta
+from scale_dit.anchors import (
+    guidance_ids,
+    image_ids,
+    ntk_theta,
+    yarn_frequencies,
+    yarn_rotary,
+    yarn_temperature,
+)
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
@@ -76,3 +86,30 @@ def test_ntk_divides_the_slowest_frequency_by_the_factor_and_keeps_the_fastest()
     assert ntk_theta(theta, 1.0, dim) == theta
     with pytest.raises(UserError, match="-1"):
         ntk_theta(theta, -1, dim)
+
+
+def test_yarn_divides_slow_frequencies_keeps_fast_ones_and_blends_those_between():
+    theta, dim, length = 10_000.0, 56, 4096
+    plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    found, turns = yarn_frequencies(theta, dim, 4.0, length), length * plain / (2 * math.pi)
+    assert torch.equal(found[turns > 32], plain[turns > 32])
+    assert torch.equal(found[turns < 1], plain[turns < 1] / 4)
+    between = (turns > 1) & (turns < 32)
+    assert between.sum() > 3
+    share = (turns - 1) / 31
+    torch.testing.assert_close(found[between], (plain * share + plain / 4 * (1 - share))[between])
+    assert (found.diff() < 0).all()
+    assert yarn_temperature(4.0) == pytest.approx(1.1386294)
+    assert yarn_temperature(1.0) == 1.0
+
+
+def test_yarn_at_factor_one_is_the_stock_embedding_and_leaves_other_axes_alone():
+    axes = (4, 6, 6)
+    ids = torch.tensor([[0.0, 0.0, 0.0], [2.0, 3.0, 60.0], [0.0, 4.5, 1.0]])
+    stock = FluxPosEmbed(10_000, axes)(ids)
+    for ours, theirs in zip(yarn_rotary(ids, 10_000, axes, (1.0, 1.0, 1.0), 64), stock, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    cosine, _ = yarn_rotary(ids, 10_000, axes, (1.0, 2.0, 1.0), 64)
+    scaled = cosine / yarn_temperature(2.0)
+    torch.testing.assert_close(scaled[:, [0, 1, 2, 3, *range(10, 16)]], stock[0][:, [0, 1, 2, 3, *range(10, 16)]])
+    assert not torch.allclose(scaled[1:, 4:10], stock[0][1:, 4:10])

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from rich.console import Console
+from safetensors import safe_open
 from small_bases import SETTINGS
 
 from scale_dit.device import choose_device
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import load_picture, read_provenance
 from scale_dit.generation import Picture, Sampling, generate
 from scale_dit.method import Method
+from scale_dit.picture_files import load_picture, read_provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 'a "large" (red) circle, it\'s a=b [c] ${d} \\'
@@ -72,22 +76,61 @@ def test_missing_weights_are_said_before_anything_else(tmp_path):
     assert "Traceback" not in ran.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(small_folder, tmp_path):
-    arguments = (f"base.path={small_folder}", "prompt=a", "n=500", "height=128", "width=128", "output=out")
+@pytest.mark.slow
+def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp_path):
+    arguments = (f"base.path={small_folder}", f"prompt={PROMPT}", "height=128", "width=256", "steps=100", "output=out")
     started = subprocess.Popen(
-        command(tmp_path, *arguments), cwd=tmp_path, stdout=subprocess.PIPE, env=OFFLINE, text=True,
+        command(tmp_path, *arguments, "save_every=1"), cwd=tmp_path, env=OFFLINE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # where the tests themselves run in a shell's background, Ctrl-C is ignored, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+    latents = tmp_path / "out" / "latents" / "00000_seed0.refine.safetensors"
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out/*.png")) and time.monotonic() < deadline:
+    while not latents.is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     started.send_signal(signal.SIGINT)
-    output, _ = started.communicate(timeout=60)
+    output, errors = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert "The same command with output=out goes on." in output
-    assert 0 < len(list(tmp_path.glob("out/*.png"))) < 500
-    assert not (tmp_path / "out" / "pictures.jsonl").exists()
+    assert "python src/generate.py resume=out" in output
+    assert "again with the same command" not in errors
+    with safe_open(latents, framework="pt") as file:
+        assert 0 < int(file.metadata()["step"]) < 100
+    resumed = subprocess.run(
+        [sys.executable, str(ROOT / "src" / "generate.py"), "resume=out"],
+        cwd=tmp_path, capture_output=True, text=True, env=OFFLINE,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    picture = tmp_path / "out" / "00000_seed0.png"
+    provenance = read_provenance(picture)
+    assert provenance is not None
+    assert provenance["config"]["negative_prompt"] == ""
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert len(record["resumed"]) == 1
+    whole = generate(
+        [Picture(0, PROMPT, "", 0, 128, 256)], replace(SETTINGS, path=str(small_folder)),
+        instantiate(record["config"]["method"]), Sampling(steps=100), tmp_path / "whole", console=quiet(),
+    )  # fmt: skip
+    assert torch.equal(load_picture(whole[0]), load_picture(picture))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_prompt_file_without_doubling(small_folder, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(f"picture {index}" for index in range(4)))
+    arguments = (f"base.path={small_folder}", "prompts_file=p.txt", "height=128", "width=256", "steps=8", "output=out")
+    started = [
+        subprocess.Popen(
+            command(tmp_path, *arguments, f"hydra.run.dir={tmp_path}/log{number}"),
+            cwd=tmp_path, stdout=subprocess.PIPE, env=OFFLINE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    made = [sum(int(number) for number in re.findall(r"actual, (\d+) pictures", output)) for output in outputs]
+    assert sum(made) == 4, made
+    assert len(list(tmp_path.glob("out/*.png"))) == 4
+    assert len((tmp_path / "out" / "pictures.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_same_settings_make_the_same_picture_and_go_on_where_they_stopped(small_settings, tmp_path):

@@ -214,6 +214,7 @@ def test_a_given_draft_leads_to_the_same_picture(pipeline):
         ((272, 144), {"shift_windows": True}, {"low_pass": 0.5}),
         ((256, 256), {"scope": "global", "guidance_tokens": 9}, {"start": 0.5, "low_pass": 0.5}),
         ((256, 208), {"guidance": False}, {}),
+        ((256, 208), {"yarn": 2.0}, {"low_pass": 0.5, "low_pass_schedule": "constant", "low_pass_until": 0.6}),
         ((64, 64), {"windowed": False}, {}),
         ((80, 64), {"windowed": False, "guidance": False}, {"start": 0.7}),
     ],
@@ -412,3 +413,25 @@ def test_folder_without_weights_is_told(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="base=tiny"):
         ScaleDiTPipeline.from_pretrained(tmp_path / "nothing")
+
+
+def test_yarn_changes_the_picture_and_excludes_ntk(pipeline):
+    plain = latents_of(pipeline)
+    pipeline.method = Method(yarn=2.0)
+    assert not torch.allclose(plain, latents_of(pipeline), atol=1e-3)
+    with pytest.raises(UserError, match=r"method.yarn=2.0 exclude"):
+        Method(yarn=2.0, ntk=2.0)
+    with pytest.raises(UserError, match=r"YaRN factor is 0\.5"):
+        Method(yarn=0.5)
+
+
+def test_a_distilled_base_of_four_steps_makes_a_picture_in_four_steps_a_stage(small_folder: Path):
+    pipeline = ScaleDiTPipeline.from_pretrained(small_folder)
+    pipeline.configure(replace(SETTINGS, steps=4, shift=1.0, guidance_scale=1.0, distilled=True))
+    progress = []
+    image = spy(pipeline, "image_pass")
+    latents_of(pipeline, progress=lambda *step: progress.append(step))
+    assert len(image) == 4 + 4, "no second branch"
+    levels = [float(call[2][0]) for call in image]
+    assert levels == pytest.approx([1.0, 0.75, 0.5, 0.25] * 2)
+    assert progress[-1] == ("refine", 4, 4)

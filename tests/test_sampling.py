@@ -11,6 +11,8 @@ from small_bases import noise
 
 from scale_dit.errors import UserError
 from scale_dit.sampling import (
+    LOW_PASS_SCHEDULES,
+    LowPass,
     add_noise,
     denoise,
     low_pass,
@@ -129,24 +131,24 @@ def test_low_pass_keeps_a_slope_and_drops_a_chessboard():
 
 def test_low_pass_guidance_is_off_at_strength_zero_and_at_the_end():
     velocity, latents, draft = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=4), noise(1, 4, 8, 8, seed=5)
-    assert torch.equal(low_pass_guidance(velocity, latents, draft, 0.7, 0.0, 4.0), velocity)
-    late = low_pass_guidance(velocity, latents, draft, 1e-3, 1.0, 4.0)
+    assert torch.equal(low_pass_guidance(velocity, latents, draft, 0.7, LowPass(0.0), 4.0), velocity)
+    late = low_pass_guidance(velocity, latents, draft, 1e-3, LowPass(1.0), 4.0)
     torch.testing.assert_close(late, velocity, rtol=0, atol=0.02)
 
 
 def test_full_strength_at_pure_noise_takes_the_low_frequencies_from_the_draft_and_the_rest_from_the_model():
     velocity, latents, draft = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=4), noise(1, 4, 8, 8, seed=5)
-    guided = low_pass_guidance(velocity, latents, draft, 1.0, 1.0, 4.0)
+    guided = low_pass_guidance(velocity, latents, draft, 1.0, LowPass(1.0), 4.0)
     change = guided - velocity
     torch.testing.assert_close(change, low_pass(latents - draft - velocity, 4.0))
-    everything = low_pass_guidance(velocity, latents, draft, 1.0, 1.0, 1.0)  # scale 1: all frequencies are low
+    everything = low_pass_guidance(velocity, latents, draft, 1.0, LowPass(1.0), 1.0)  # scale 1: all frequencies are low
     torch.testing.assert_close(latents - everything, draft)
 
 
 def test_pull_decays_as_a_raised_cosine():
     velocity, latents, draft = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     for sigma, weight in ((1.0, 1.0), (0.5, 0.5), (1 / 3, 0.25)):
-        pulled = low_pass_guidance(velocity, latents, draft, sigma, 1.0, 2.0)
+        pulled = low_pass_guidance(velocity, latents, draft, sigma, LowPass(1.0), 2.0)
         torch.testing.assert_close(pulled * sigma, torch.full_like(pulled, weight))
 
 
@@ -175,3 +177,36 @@ def test_training_levels_are_logit_normal_and_shifted_towards_noise():
     torch.testing.assert_close(3 * grid / (1 + 2 * grid), sigmas)
     order = plain.argsort()
     torch.testing.assert_close(shifted[order], 3 * plain[order] / (1 + 2 * plain[order]))
+
+
+def test_the_pull_goes_with_the_noise_level_as_its_schedule_says():
+    weights = {name: [LowPass(0.5, name).weight(sigma) for sigma in (1.0, 0.5, 0.0)] for name in LOW_PASS_SCHEDULES}
+    assert weights["cosine"] == pytest.approx([0.5, 0.25, 0.0])
+    assert weights["linear"] == [0.5, 0.25, 0.0]
+    assert weights["constant"] == [0.5, 0.5, 0.5]
+    until = LowPass(0.5, "constant", until=0.6)
+    assert [until.weight(sigma) for sigma in (0.7, 0.6, 0.5)] == [0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((1.5,), "low_pass is 1.5"),
+        ((0.5, "steep"), "unknown low_pass_schedule 'steep': use one of constant, cosine, linear"),
+        ((0.5, "cosine", 2.0), "low_pass_until is 2.0"),
+    ],
+)
+def test_a_pull_that_cannot_be_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        LowPass(*values)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_sampling_goes_on_from_any_step_bit_by_bit(first):
+    velocity = lambda latents, sigma: latents.sin() * sigma  # noqa: E731
+    kept = {}
+    begin = noise(1, 2, 3)
+    whole = denoise(velocity, begin, make_scheduler(4, 3.0, 0.8, CPU), lambda i, t, x: kept.update({i + 1: x}))
+    assert torch.equal(denoise(velocity, kept.get(first, begin), make_scheduler(4, 3.0, 0.8, CPU, first)), whole)
+    with pytest.raises(UserError, match="first step is 5"):
+        make_scheduler(4, 3.0, 0.8, CPU, 5)

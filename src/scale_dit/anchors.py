@@ -7,7 +7,8 @@ guidance token lies where its part of the picture lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,6 +80,48 @@ def ntk_theta(theta: float, factor: float, axis_dim: int) -> float:
     if not factor > 0:
         raise UserError(f"The NTK factor is {factor}, but it must be positive (1: unchanged).")
     return theta * factor ** (axis_dim / (axis_dim - 2))
+
+
+def yarn_frequencies(
+    theta: float, axis_dim: int, factor: float, length: int, slow: float = 1.0, fast: float = 32.0
+) -> Tensor:
+    """Rotary frequencies of one axis for a picture `factor` times longer than those of training, float64 `[d / 2]`.
+
+    "NTK-by-parts" (YaRN, arXiv 2309.00071, section 3.2, with its alpha and beta): a frequency that turns less than
+    `slow` times over the `length` tokens of training is divided by `factor`, one that turns more than `fast` times is
+    unchanged, and those between are blended linearly in the number of turns.
+
+    Args:
+        length: Tokens a side of the pictures of training.
+    """
+    plain = theta ** -(torch.arange(0, axis_dim, 2, dtype=torch.float64) / axis_dim)
+    turns = length * plain / (2 * math.pi)
+    kept = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    return (1 - kept) * plain / factor + kept * plain
+
+
+def yarn_temperature(factor: float) -> float:
+    """Factor on rotated queries and keys, sqrt(1/t) = 0.1 ln(s) + 1 (YaRN, arXiv 2309.00071, section 3.4)."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def yarn_rotary(
+    ids: Tensor, theta: float, axes: Sequence[int], factors: Sequence[float], length: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for ids `[S, axes]`, float32 `[S, D]`, each frequency twice in a row, as diffusers has them.
+
+    Args:
+        axes: Dimensions of each axis.
+        factors: How many times longer than in training each axis is; 1 leaves it as it is.
+        length: Tokens a side of the pictures of training.
+    """
+    angles = [
+        torch.outer(ids[:, axis].double(), yarn_frequencies(theta, dim, factor, length).to(ids.device))
+        for axis, (dim, factor) in enumerate(zip(axes, factors, strict=True))
+    ]
+    joined = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
+    temperature = yarn_temperature(max(factors))
+    return (temperature * joined.cos()).float(), (temperature * joined.sin()).float()
 
 
 def _grid_ids(grid: Grid, rows: tuple[float, float], columns: tuple[float, float]) -> Tensor:

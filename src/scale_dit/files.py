@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_atomically(path: Path, data: bytes | memoryview | str) -> None:
-    """Write beside the target, then rename over it; folders are made as needed, text becomes UTF-8.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new binary file beside the target that is renamed over it at the end; folders are made as needed.
 
     Raises:
         OSError: as the file system says (full, read-only, ...); nothing is left behind and an older file stays.
@@ -19,13 +21,23 @@ def write_atomically(path: Path, data: bytes | memoryview | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(partial, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        with open(partial, "wb+") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | memoryview | str) -> None:
+    """Write a file that is there whole or not at all; text becomes UTF-8.
+
+    Raises:
+        OSError: see `atomic_file`.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -32,6 +32,7 @@ class Method:
         order: Memory order of the tokens.
         anchors: Rotary positions of the guidance tokens.
         ntk: Factor on the rotary base for sizes beyond training (1: unchanged).
+        yarn: How many times longer than those of training pictures are, for YaRN's rotary frequencies (1: unchanged).
     """
 
     scale: float = 4.0
@@ -46,10 +47,19 @@ class Method:
     order: str = "hilbert"
     anchors: str = "scaled"
     ntk: float = 1.0
+    yarn: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.ntk > 0:
             raise UserError(f"The NTK factor is {self.ntk}, but it must be positive: method.ntk=1 changes nothing.")
+        if not self.yarn >= 1:
+            raise UserError(
+                f"The YaRN factor is {self.yarn}, but it must be at least 1: method.yarn=1 changes nothing."
+            )
+        if self.ntk != 1 and self.yarn != 1:
+            raise UserError(
+                f"method.ntk={self.ntk} and method.yarn={self.yarn} exclude each other: set one of them to 1."
+            )
 
     def plan(self, base: BaseSettings, height: int, width: int) -> Plan:
         """What the method comes to for a picture of `height` x `width` px on `base`.

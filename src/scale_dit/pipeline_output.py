@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -30,8 +32,18 @@ class StageCost:
         yield
         if cuda:
             torch.cuda.synchronize(device)
-            self.peak_bytes[name] = torch.cuda.max_memory_allocated(device)
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), torch.cuda.max_memory_allocated(device))
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def each(self, name: str, device: torch.device, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, measuring what it takes to make each of them."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name, device):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
 
 
 @dataclass

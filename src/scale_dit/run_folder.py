@@ -135,14 +135,35 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: The folder cannot be resumed.
     """
-    given = {_key(argument): argument for argument in arguments if _is_override(argument)}
-    if "resume" not in given:
+    folder = resume_folder(arguments)
+    if folder is None:
         return list(arguments)
-    folder = Path(OverridesParser.create().parse_override(given["resume"]).value())  # type: ignore[arg-type]
     check_resumable(folder)
+    return arguments_of_run(folder, arguments, {"hydra.run.dir": folder})
+
+
+def resume_folder(arguments: Sequence[str]) -> Path | None:
+    """The folder that `resume=<folder>` names among command-line arguments."""
+    given = [argument for argument in arguments if _is_override(argument) and _key(argument) == "resume"]
+    if not given:
+        return None
+    return Path(OverridesParser.create().parse_override(given[-1]).value())  # type: ignore[arg-type]
+
+
+def arguments_of_run(
+    folder: Path, arguments: Sequence[str], places: Mapping[str, Path], forget: Sequence[str] = ()
+) -> list[str]:
+    """The command line that a run was started with, in which what is given now replaces what was.
+
+    Args:
+        places: Options that are folders, and where those are now.
+        forget: Options of the first command that are not taken over.
+    """
+    given = {_key(argument): argument for argument in arguments if _is_override(argument)}
     first = {_key(override): override for override in read_record(folder)["overrides"]}
-    quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
-    overrides = first | {"hydra.run.dir": f'hydra.run.dir="{quoted}"'} | given
+    kept = {key: override for key, override in first.items() if key not in forget}
+    quoted = {key: str(place).replace("\\", "\\\\").replace('"', '\\"') for key, place in places.items()}
+    overrides = kept | {key: f'{key}="{place}"' for key, place in quoted.items()} | given
     flags = [argument for argument in arguments if not _is_override(argument)]
     return [*flags, *overrides.values()]
 

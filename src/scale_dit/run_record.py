@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from scale_dit.provenance import commit, machine, running_command, versions
 from scale_dit.run_folder import RECORD, read_record, write_json
@@ -47,4 +48,6 @@ def _overrides() -> Sequence[str]:
     """What the command line changed, as Hydra wrote it down, without `resume`."""
     if not HydraConfig.initialized():
         return []
-    return [override for override in HydraConfig.get().overrides.task if not override.startswith("resume=")]
+    # Reading an item would resolve it, and `\${` in a prompt would become an interpolation.
+    overrides = cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+    return [override for override in overrides if not override.startswith("resume=")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -20,14 +21,17 @@ StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
 """Called after each step with its index, its timestep, and the latents; may return other latents to go on with."""
 
 
-def make_scheduler(steps: int, shift: float, start: float, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-    """A scheduler over `steps` noise levels from `start` down to 0.
+def make_scheduler(
+    steps: int, shift: float, start: float, device: torch.device, first_step: int = 0
+) -> FlowMatchEulerDiscreteScheduler:
+    """A scheduler over `steps` noise levels from `start` down to 0; sampling begins at the step `first_step`.
 
     Levels are evenly spaced before the shift sigma = shift u / (1 + (shift - 1) u) (Esser et al. 2024, eq. 23), and the
     shift is constant: diffusers' shift that grows with the picture leaves nearly all levels above 0.9 at 65,536 tokens.
 
     Raises:
-        UserError: Fewer than one step, a start outside (0, 1], or a shift that is not positive.
+        UserError: Fewer than one step, a start outside (0, 1], a shift that is not positive, or a first step beyond the
+            last.
     """
     if steps < 1:
         raise UserError(f"the number of steps is {steps}, but it must be at least 1")
@@ -35,10 +39,13 @@ def make_scheduler(steps: int, shift: float, start: float, device: torch.device)
         raise UserError(f"start is {start}, but it must be above 0 and at most 1 (1: pure noise)")
     if not shift > 0:
         raise UserError(f"shift is {shift}, but it must be positive (1: unshifted)")
+    if not 0 <= first_step <= steps:
+        raise UserError(f"the first step is {first_step}, but it must be from 0 to {steps}, the number of steps")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     first = start / (shift - (shift - 1) * start)
     levels = torch.linspace(first, first / steps, steps, dtype=torch.float64)
     scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
+    scheduler.set_begin_index(first_step)
     return scheduler
 
 
@@ -79,14 +86,15 @@ def denoise(
     scheduler: FlowMatchEulerDiscreteScheduler,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Integrate the velocity from the scheduler's first noise level to 0, in float32.
+    """Integrate the velocity from the noise level at which the scheduler begins to 0, in float32.
 
     Args:
-        latents: Noisy latents or tokens of any shape, at the first noise level.
+        latents: Noisy latents or tokens of any shape, at that noise level.
     """
     latents = latents.float()
     sigmas = scheduler.sigmas.tolist()
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index in range(scheduler.begin_index or 0, len(scheduler.timesteps)):
+        timestep = scheduler.timesteps[index]
         prediction = velocity(latents, sigmas[index]).float()
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         changed = callback(index, timestep, latents) if callback is not None else None
@@ -107,15 +115,57 @@ def low_pass(latents: Tensor, scale: float) -> Tensor:
     return torch.nn.functional.interpolate(small, size=(height, width), mode="bicubic")
 
 
+LOW_PASS_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda sigma: (1 - math.cos(math.pi * sigma)) / 2,
+    "linear": lambda sigma: sigma,
+    "constant": lambda sigma: 1.0,
+}
+"""How the pull towards the draft goes with the noise level, from 1 at pure noise."""
+
+
+@dataclass(frozen=True)
+class LowPass:
+    """The pull of low frequencies towards the draft.
+
+    Args:
+        strength: At pure noise, from 0 (off) to 1 (all of it).
+        schedule: How it goes with the noise level: `cosine`, `linear` or `constant`.
+        until: Noise level below which there is none, so that late steps are free.
+
+    Raises:
+        UserError: Values that cannot be.
+    """
+
+    strength: float = 0.0
+    schedule: str = "cosine"
+    until: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise UserError(f"low_pass is {self.strength}, but it must be from 0 (off) to 1 (all low frequencies)")
+        if self.schedule not in LOW_PASS_SCHEDULES:
+            raise UserError(
+                f"unknown low_pass_schedule {self.schedule!r}: use one of {', '.join(sorted(LOW_PASS_SCHEDULES))}"
+            )
+        if not 0 <= self.until <= 1:
+            raise UserError(f"low_pass_until is {self.until}, but noise levels go from 0 to 1")
+
+    def weight(self, sigma: float) -> float:
+        """The pull at a noise level."""
+        return self.strength * LOW_PASS_SCHEDULES[self.schedule](sigma) if sigma >= self.until else 0.0
+
+
 def low_pass_guidance(
-    velocity: Tensor, latents: Tensor, draft: Tensor, sigma: float, strength: float, scale: float
+    velocity: Tensor, latents: Tensor, draft: Tensor, sigma: float, pull: LowPass, scale: float
 ) -> Tensor:
     """Pull the low frequencies of a velocity towards the one that leads to the draft.
 
-    The draft as x_0 would need the velocity (x_t - draft) / t. The pull decays as strength * (1 - cos(pi t)) / 2, so
-    that late steps are free. All tensors `[B, C, h, w]`, the draft already at the picture's size.
+    The draft as x_0 would need the velocity (x_t - draft) / t. All tensors `[B, C, h, w]`, the draft already at the
+    picture's size.
     """
-    weight = strength * (1 - math.cos(math.pi * sigma)) / 2
+    weight = pull.weight(sigma)
+    if weight == 0:
+        return velocity
     towards_draft = (latents - draft) / sigma
     return velocity + weight * low_pass(towards_draft - velocity, scale)
 

@@ -14,7 +14,7 @@ from scale_dit.models.driver import Driver
 from scale_dit.models.flux_attention import KeysValues
 from scale_dit.models.text import Text
 from scale_dit.regions import Region, moved
-from scale_dit.sampling import denoise, low_pass_guidance
+from scale_dit.sampling import LowPass, denoise, low_pass_guidance
 
 AfterStep = Callable[[int, Tensor, Tensor], Tensor | None]
 """Called after each step with its index, its timestep and the latents `[B, C, h, w]`; may return other latents."""
@@ -37,7 +37,7 @@ class Stage:
         negative: The second branch of classifier-free guidance; `None`: there is none.
         guidance_scale: Of classifier-free guidance, or the input of a distilled base.
         keys_values: The draft's keys and values in every block; the same in every step and in both branches.
-        pull: The draft at the picture's size, towards which low frequencies are pulled, and how strongly.
+        pull: The draft at the picture's size, towards which low frequencies are pulled, and how.
         local: Windows with prompts of their own: there, the velocity is that of a pass over their region alone.
         rolled: The same stage over the draft moved as the picture is by `shift`.
         shift: How far every second step sees the picture moved, in rows and columns of tokens, what leaves it at one
@@ -50,7 +50,7 @@ class Stage:
     negative: Text | None
     guidance_scale: float
     keys_values: Sequence[KeysValues] | None = None
-    pull: tuple[Tensor, float] | None = None
+    pull: tuple[Tensor, LowPass] | None = None
     local: Sequence[LocalPrompt] = ()
     rolled: Stage | None = None
     shift: tuple[int, int] = (0, 0)
@@ -82,8 +82,8 @@ class Stage:
             velocity = part.region.paste(velocity, inside.velocity(part.region.crop(latents, grid), sigma), grid)
         if self.pull is None:
             return velocity
-        draft, strength = self.pull
-        return low_pass_guidance(velocity, latents, draft, sigma, strength, self.plan.method.scale)
+        draft, low_pass = self.pull
+        return low_pass_guidance(velocity, latents, draft, sigma, low_pass, self.plan.method.scale)
 
     def _moved_velocity(self, latents: Tensor, sigma: float) -> Tensor:
         assert self.rolled is not None

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from scale_dit.errors import UserError
 from scale_dit.messages import print_error
-from scale_dit.run_folder import FAILED, FINISHED, RECORD, check_new, check_resumable
+from scale_dit.run_folder import FAILED, FINISHED, RECORD, check_new, check_resumable, read_record
 
 
 class RunFolders(Callback):
@@ -33,7 +33,8 @@ class RunFolders(Callback):
         folder = Path(config.hydra.run.dir)
         try:
             if OmegaConf.select(config, "resume"):
-                check_resumable(Path(config.resume))
+                trains = OmegaConf.select(config, "trainer") is not None
+                (check_resumable if trains else read_record)(Path(config.resume))
             elif is_first_process():
                 check_new(folder)
         except UserError as error:

@@ -10,7 +10,7 @@ import torch
 from scale_dit.evaluation.cleanfid import CleanFID
 from scale_dit.evaluation.clip import ClipScore, is_torchscript, token_count
 from scale_dit.evaluation.metric import Metric, Record
-from scale_dit.evaluation.pictures import save_picture
+from scale_dit.picture_files import save_picture
 
 SMALL_CLIP = {
     "embed_dim": 32,

@@ -16,10 +16,10 @@ from scale_dit.errors import UserError
 from scale_dit.evaluation.arms import Arm, ArmOutput
 from scale_dit.evaluation.clip import ClipScore
 from scale_dit.evaluation.detail import Detail
-from scale_dit.evaluation.pictures import load_picture
 from scale_dit.evaluation.report import print_results
 from scale_dit.evaluation.runner import evaluate
 from scale_dit.evaluation.scenes_metrics import SceneAccuracy
+from scale_dit.picture_files import load_picture
 
 SIDE, DRAFT = 256, 64
 SCENES = [sample_scene(seed, "test") for seed in range(6)]

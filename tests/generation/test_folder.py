@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import read_provenance
 from scale_dit.generation import Picture, read_prompts
 from scale_dit.generation.folder import FINISHED, OutputFolder
+from scale_dit.picture_files import read_provenance
+from scale_dit.pipeline_output import StageCost
 
 PICTURES = [Picture(index, f'prompt, "{index}" = é', "", 10 + index, 16, 32) for index in range(3)]
-COST = {"seconds": {"draft": 0.25, "refine": 1.0}, "peak_bytes": {}}
+COST = StageCost({"draft": 0.25, "refine": 1.0})
 
 
 def fill(folder: OutputFolder, pictures=PICTURES) -> None:
     for picture in pictures:
-        folder.keep(picture, torch.rand(3, picture.height, picture.width), COST)
+        folder.keep(picture, torch.rand(3, picture.height, picture.width).split(5, dim=1), COST)
 
 
 def test_an_interrupted_run_makes_only_what_is_missing(tmp_path):
@@ -34,7 +35,7 @@ def test_an_interrupted_run_makes_only_what_is_missing(tmp_path):
 def test_half_a_picture_is_made_again(tmp_path):
     folder = OutputFolder(tmp_path, {})
     fill(folder)
-    whole = tmp_path / PICTURES[1].file_name
+    whole = folder.file(PICTURES[1])
     whole.write_bytes(whole.read_bytes()[:300])
     assert folder.pending(PICTURES) == [PICTURES[1]]
 
@@ -75,13 +76,13 @@ def test_the_list_of_a_finished_run_is_a_prompt_file(tmp_path):
 
 def test_a_picture_says_what_it_was_made_with(tmp_path):
     fill(OutputFolder(tmp_path, {"steps": 2, "lora": None}), PICTURES[:1])
-    file = tmp_path / PICTURES[0].file_name
+    file = OutputFolder(tmp_path, {}).file(PICTURES[0])
     provenance = read_provenance(file)
     assert provenance is not None
     assert provenance["prompt"] == PICTURES[0].prompt
     assert provenance["settings"] == {"steps": 2, "lora": None}
     assert provenance["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert provenance["seconds"] == COST["seconds"]
+    assert provenance["seconds"] == COST.seconds
     with Image.open(file) as picture:
         assert picture.size == (32, 16)
 
@@ -94,10 +95,10 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_disk_that_fills_up_is_said_in_one_sentence(tmp_path):
     picture = PICTURES[0]
-    partial = f".{picture.file_name}.{os.getpid()}.part"
+    partial = f".{picture.stem}.png.{os.getpid()}.part"
     os.symlink("/dev/full", tmp_path / partial)
-    with pytest.raises(UserError, match=r"the disk is full.*Finished pictures are kept"):
-        OutputFolder(tmp_path, {}).keep(picture, torch.rand(3, 512, 512), COST)
+    with pytest.raises(UserError, match=r"the disk is full.*saved steps are kept.*resume="):
+        OutputFolder(tmp_path, {}).keep(picture, [torch.rand(3, 512, 512)], COST)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

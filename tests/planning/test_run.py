@@ -13,9 +13,9 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import load_picture
 from scale_dit.generation import Picture, Sampling, generate
 from scale_dit.method import Method
+from scale_dit.picture_files import load_picture
 from scale_dit.planning.memory import Memory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

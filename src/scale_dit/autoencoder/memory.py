@@ -71,12 +71,11 @@ def _streamed_bytes(vae: Any, height: int, width: int, on_host: bool, band_eleme
     _, deepest, pixels = levels[0]
     queries = min(pixels, band_elements // 4 // deepest)
     scores = round(SCORES * min(SCORE_BYTES, 4 * pixels * queries)) if vae.dtype.itemsize < 4 else 0
-    held = _attention_elements(levels) * vae.dtype.itemsize + scores
-    if not on_host:
-        planes = max(STREAMED * channels * pixels for _, channels, pixels in levels)
-        held = max(held, planes * vae.dtype.itemsize)
+    band = BAND_BYTES * min(band_elements, deepest * pixels)
+    attention = _attention_elements(levels) * vae.dtype.itemsize + max(scores, band)
     widest = max(max(before, channels) * pixels for before, channels, pixels in levels)
-    return held + BAND_BYTES * min(band_elements, widest)
+    planes = 0 if on_host else max(STREAMED * channels * pixels for _, channels, pixels in levels)
+    return max(attention, planes * vae.dtype.itemsize + BAND_BYTES * min(band_elements, widest))
 
 
 def _attention_elements(levels: list[tuple[int, int, int]]) -> int:

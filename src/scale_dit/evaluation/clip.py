@@ -17,7 +17,7 @@ from torch import Tensor
 from scale_dit.evaluation.features import default_device
 from scale_dit.evaluation.intervals import bootstrap_mean
 from scale_dit.evaluation.metric import Figure, PictureMetric, Record
-from scale_dit.evaluation.pictures import to_uint8
+from scale_dit.picture_files import to_uint8
 
 
 class ClipScore(PictureMetric):

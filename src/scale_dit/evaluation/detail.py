@@ -16,7 +16,7 @@ from torch import Tensor
 from scale_dit.errors import UserError
 from scale_dit.evaluation.intervals import bootstrap_mean
 from scale_dit.evaluation.metric import Figure, PictureMetric, Record
-from scale_dit.evaluation.pictures import to_uint8
+from scale_dit.picture_files import to_uint8
 
 LUMINANCE_WEIGHTS = (0.299, 0.587, 0.114)
 PATCH = 64

@@ -22,9 +22,9 @@ from scale_dit.evaluation.arms import Arm, Generator, as_arms, check_output, chu
 from scale_dit.evaluation.intervals import paired_difference
 from scale_dit.evaluation.metric import Metric, Record
 from scale_dit.evaluation.picture_grid import write_picture_grid
-from scale_dit.evaluation.pictures import load_picture, read_provenance
 from scale_dit.evaluation.report import Results, Row, cost_rows, print_results
 from scale_dit.evaluation.store import Store, check_arm_names
+from scale_dit.picture_files import load_picture, read_provenance
 from scale_dit.provenance import commit, machine, running_command, versions_line
 
 log = logging.getLogger(__name__)

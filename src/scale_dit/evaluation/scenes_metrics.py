@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scale_dit.evaluation.intervals import bootstrap_mean, bootstrap_ratio, wilson
 from scale_dit.evaluation.metric import Figure, PictureMetric, Record
-from scale_dit.evaluation.pictures import to_float
+from scale_dit.picture_files import to_float
 
 if TYPE_CHECKING:
     from scale_dit.data.world import Scene

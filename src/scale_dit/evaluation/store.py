@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.evaluation.metric import Record
-from scale_dit.evaluation.pictures import fingerprint, load_picture, read_provenance, save_picture
+from scale_dit.picture_files import fingerprint, load_picture, read_provenance, save_picture
 
 MakeReference = Callable[[Sequence[Record], int, int], Tensor]
 REFERENCE_FOLDER = "reference"

@@ -1,10 +1,17 @@
 """From prompts to picture files."""
 
+from scale_dit.generation.folder import Files
+from scale_dit.generation.job import Job
+from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling, collect_pictures, collect_prompts
 from scale_dit.generation.prompts import Prompt, quote_text_options, read_prompts
+from scale_dit.generation.resume import resume_arguments
 from scale_dit.generation.run import generate
 
 __all__ = [
+    "DraftPhoto",
+    "Files",
+    "Job",
     "Picture",
     "Prompt",
     "Sampling",
@@ -13,4 +20,5 @@ __all__ = [
     "generate",
     "quote_text_options",
     "read_prompts",
+    "resume_arguments",
 ]

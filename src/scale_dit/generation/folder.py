@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +14,58 @@ from typing import Any
 from torch import Tensor
 
 from scale_dit.errors import UserError
-from scale_dit.evaluation.pictures import fingerprint, read_provenance, save_picture
 from scale_dit.files import write_atomically
+from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
+from scale_dit.generation.resume import resume_command
+from scale_dit.picture_files import (
+    FORMATS,
+    PictureFormat,
+    fingerprint,
+    picture_format,
+    read_provenance,
+    write_picture,
+)
+from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
 
 FINISHED = "pictures.jsonl"
 """List of the pictures of a finished run, beside them; it can be given as a prompt file again."""
 
-PICTURES = "[0-9][0-9][0-9][0-9][0-9]_seed*.png"
+LATENTS, DRAFTS = "latents", "drafts"
+PICTURES = "[0-9][0-9][0-9][0-9][0-9]_seed*"
+OF_REFINEMENT = ("steps", "guidance_scale", "start", "low_pass", "low_pass_schedule", "low_pass_until", "decode_tile")
+"""Sampling that leaves drafts as they are, as all of the method does: a draft's scale comes from its size."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """How pictures and latents are written.
+
+    Args:
+        format: One of `scale_dit.picture_files.FORMATS`.
+        quality: See `PictureFormat.check`.
+        save_every: Latents of a picture in the making are saved after so many steps.
+        keep_latents: Whether latents stay when their picture is there, to be decoded again.
+
+    Raises:
+        UserError: An unknown format, one that cannot be written here, a quality that cannot be, or less than one step.
+    """
+
+    format: str = "png"
+    quality: int | None = None
+    save_every: int = 5
+    keep_latents: bool = False
+
+    def __post_init__(self) -> None:
+        self.kind.check(self.quality)
+        if self.save_every < 1:
+            raise UserError(f"save_every is {self.save_every}, but it must be at least 1 step")
+
+    @property
+    def kind(self) -> PictureFormat:
+        """The format."""
+        return picture_format(self.format)
 
 
 @dataclass(frozen=True)
@@ -32,26 +75,48 @@ class OutputFolder:
     Args:
         path: The folder.
         settings: What all its pictures share and what decides what they look like; plain values.
+        files: How they are written.
+        config: The resolved config, for the pictures' metadata.
     """
 
     path: Path
     settings: Mapping[str, Any]
+    files: Files = Files()
+    config: Mapping[str, Any] | None = None
 
-    def pending(self, pictures: Sequence[Picture], overwrite: bool = False) -> list[Picture]:
+    @property
+    def latents(self) -> SavedLatents:
+        """The latents of the pictures that are in the making."""
+        return SavedLatents(self.path / LATENTS)
+
+    def file(self, picture: Picture) -> Path:
+        """Where a picture goes."""
+        return self.path / f"{picture.stem}{self.files.kind.suffix}"
+
+    def draft_file(self, picture: Picture) -> Path:
+        """Where a preview of its draft goes."""
+        return self.path / DRAFTS / f"{picture.stem}.png"
+
+    def pending(self, pictures: Sequence[Picture], overwrite: bool = False, goes_on: bool = False) -> list[Picture]:
         """The pictures that are not there yet; with `overwrite` all of them, after the earlier ones were removed.
+
+        Args:
+            goes_on: A finished run is what the folder may hold.
 
         Raises:
             UserError: The folder holds a finished run, or pictures of another one; or the disk is too small for what
-                is missing.
+                is missing; or a picture is too large for the format.
         """
+        for picture in pictures:
+            self.files.kind.check_size(picture.height, picture.width)
         if overwrite:
             self._remove_earlier()
         remedy = "choose another folder (output=...), or give overwrite=true"
-        if (self.path / FINISHED).is_file():
+        if (self.path / FINISHED).is_file() and not goes_on:
             raise UserError(f"{self.path} holds a finished run already: {remedy}")
         missing = []
         for picture in pictures:
-            file = self.path / picture.file_name
+            file = self.file(picture)
             provenance = read_provenance(file)
             if provenance is None:
                 missing.append(picture)
@@ -60,50 +125,81 @@ class OutputFolder:
         self._check_space(missing)
         return missing
 
-    def keep(self, picture: Picture, image: Tensor, cost: Mapping[str, Any]) -> None:
-        """Write a picture `[3, H, W]` in [0, 1] with everything that it was made with.
+    def keep(self, picture: Picture, bands: Iterable[Tensor], cost: StageCost) -> None:
+        """Write a picture of bands `[3, rows, W]` in [0, 1] with everything that it was made with.
 
         Raises:
             UserError: It cannot be written, such as on a full disk.
         """
-        provenance = {
-            **asdict(picture),
-            "settings": dict(self.settings),
-            "fingerprint": self._fingerprint(picture),
-            "versions": versions(),
-            "commit": commit(),
-            "machine": machine(),
-            **cost,
-        }
+
+        def provenance() -> dict[str, Any]:
+            return {
+                **asdict(picture),
+                "settings": dict(self.settings),
+                "fingerprint": self._fingerprint(picture),
+                "config": self.config,
+                "versions": versions(),
+                "commit": commit(),
+                "machine": machine(),
+                "seconds": cost.seconds,
+                "peak_bytes": cost.peak_bytes,
+            }
+
         with writing(self.path):
-            save_picture(image, self.path / picture.file_name, provenance)
+            write_picture(
+                self.file(picture), bands, picture.height, picture.width, provenance, self.files.kind,
+                self.files.quality,
+            )  # fmt: skip
 
     def finish(self, pictures: Sequence[Picture]) -> Path:
-        """Write the list of the pictures, which says that the run is finished."""
+        """Write the list of those of the pictures that are there, which says that the run is finished."""
         lines = []
         for picture in pictures:
-            seconds = (read_provenance(self.path / picture.file_name) or {}).get("seconds", {})
-            entry = {"file": picture.file_name, **asdict(picture), "seconds": round(sum(seconds.values()), 3)}
+            provenance = read_provenance(self.file(picture))
+            if provenance is None:
+                continue
+            seconds = sum(provenance.get("seconds", {}).values())
+            entry = {"file": self.file(picture).name, **asdict(picture), "seconds": round(seconds, 3)}
             del entry["index"]
             lines.append(json.dumps(entry, ensure_ascii=False))
         with writing(self.path):
             write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
         return self.path / FINISHED
 
+    def draft_fingerprint(self, picture: Picture) -> str:
+        """Digest of everything that decides what a draft is."""
+        return self._digest(picture, self._without(*OF_REFINEMENT) | {"method": None})
+
+    def latents_fingerprint(self, picture: Picture) -> str:
+        """Digest of everything that decides what a picture's latents are: all but the way they are decoded."""
+        return self._digest(picture, self._without("decode_tile"))
+
+    def _without(self, *names: str) -> dict[str, Any]:
+        """The settings without some of the sampling's."""
+        sampling = {name: value for name, value in self.settings.get("sampling", {}).items() if name not in names}
+        return {**self.settings, "sampling": sampling}
+
     def _fingerprint(self, picture: Picture) -> str:
+        return self._digest(picture, self.settings)
+
+    @staticmethod
+    def _digest(picture: Picture, settings: Mapping[str, Any]) -> str:
         own = {"negative_prompt": picture.negative_prompt, "height": picture.height, "width": picture.width}
-        return fingerprint({**self.settings, **own}, picture.prompt, picture.seed)
+        return fingerprint({**settings, **own}, picture.prompt, picture.seed)
 
     def _remove_earlier(self) -> None:
         """What lies in the folder afterwards is one run's; files of other names are left alone."""
-        for file in (self.path / FINISHED, *self.path.glob(PICTURES)):
+        ours = (self.path.glob(PICTURES), *(self.path.glob(f"{folder}/{PICTURES}") for folder in (LATENTS, DRAFTS)))
+        suffixes = {*(kind.suffix for kind in FORMATS.values()), ".json", ".safetensors"}
+        found = [file for files in ours for file in files if file.suffix in suffixes]
+        for file in (self.path / FINISHED, *found):
             file.unlink(missing_ok=True)
 
     def _check_space(self, pictures: Sequence[Picture]) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path).free
-        needed = sum(3 * picture.height * picture.width for picture in pictures)
+        needed = sum(3 * self.files.kind.bits // 8 * picture.height * picture.width for picture in pictures)
         if needed > free:
             raise UserError(
                 f"{len(pictures)} pictures can take {needed / 2**20:,.0f} MiB, but the disk of {self.path} has "
@@ -123,6 +219,6 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise UserError(
-            f"{folder} cannot be written: {what}. Finished pictures are kept: give the same command with "
-            f"output={folder} once it can be written, or choose another folder."
+            f"{folder} cannot be written: {what}. Finished pictures and saved steps are kept: once it can be written, "
+            f"go on with: {resume_command(folder)}"
         ) from error

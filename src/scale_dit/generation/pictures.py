@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from scale_dit.errors import UserError
+from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.prompts import Prompt, read_prompts
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
-from scale_dit.sampling import check_sampling
+from scale_dit.recipe import Recipe, native_scale
+from scale_dit.sampling import LowPass, check_sampling
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ class Sampling:
         steps, draft_steps: Of the refinement and of the draft.
         guidance_scale, draft_guidance_scale: Of the refinement and of the draft.
         start: Noise level at which refinement starts: 1 is pure noise, below it the upsampled and noised draft.
-        low_pass: Strength of the pull of low frequencies towards the draft; 0 is off.
+        low_pass, low_pass_schedule, low_pass_until: The pull of low frequencies towards the draft, see
+            `scale_dit.sampling.LowPass`; 0 is off.
         scale: HR side / draft side; `None` makes the draft as large as the base's native size.
         decode_tile: Side in px of the tiles of the decode mode `tiled`.
     """
@@ -37,6 +40,8 @@ class Sampling:
     draft_guidance_scale: float | None = None
     start: float = 1.0
     low_pass: float = 0.0
+    low_pass_schedule: str = "cosine"
+    low_pass_until: float = 0.0
     scale: float | None = None
     decode_tile: int = 1024
 
@@ -47,14 +52,34 @@ class Sampling:
             UserError: Steps, a start, a guidance scale or a tile that cannot be.
         """
         check_sampling(base, self.start, self.steps, self.draft_steps, self.guidance_scale, self.draft_guidance_scale)
+        _ = self.pull
         if self.decode_tile < SMALLEST_TILE:
             raise UserError(f"decode_tile is {self.decode_tile} px, but it must be at least {SMALLEST_TILE}: try 1024")
 
     def scale_for(self, base: BaseSettings, height: int, width: int) -> float:
         """HR side / draft side for a picture of `height` x `width` px."""
-        if self.scale is not None:
-            return self.scale
-        return max(1.0, max(0, height * width) ** 0.5 / base.native)
+        return native_scale(base, height, width) if self.scale is None else self.scale
+
+    @property
+    def pull(self) -> LowPass:
+        """The pull of low frequencies.
+
+        Raises:
+            UserError: Values that cannot be.
+        """
+        return LowPass(self.low_pass, self.low_pass_schedule, self.low_pass_until)
+
+    def recipe(self, base: BaseSettings, method: Method, height: int, width: int) -> Recipe:
+        """The recipe for pictures of `height` x `width` px.
+
+        Raises:
+            UserError: A size, scale or window that cannot be, with what can.
+        """
+        return Recipe.of(
+            base, method, height, width, scale=self.scale, steps=self.steps, draft_steps=self.draft_steps,
+            guidance_scale=self.guidance_scale, draft_guidance_scale=self.draft_guidance_scale, start=self.start,
+            low_pass=self.pull,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,9 +94,9 @@ class Picture:
     width: int
 
     @property
-    def file_name(self) -> str:
-        """Its file in the output folder."""
-        return f"{self.index:05d}_seed{self.seed}.png"
+    def stem(self) -> str:
+        """The name of its files in the output folder, without suffix."""
+        return f"{self.index:05d}_seed{self.seed}"
 
 
 def collect_prompts(prompt: str | Sequence[str] | None, prompts_file: str | Path | None) -> list[Prompt]:
@@ -106,6 +131,7 @@ def collect_pictures(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str = "",
+    photo: DraftPhoto | None = None,
 ) -> list[Picture]:
     """Every picture to make; a line of a file whose size cannot be is left out with a warning.
 
@@ -113,6 +139,7 @@ def collect_pictures(
         n: Pictures of each prompt, with consecutive seeds.
         seed, height, width, negative_prompt: For prompts that say nothing of their own. Sizes in px; `None` is `scale`
             (or the method's) times the base's native side.
+        photo: A picture that stands for the drafts; sizes are of its aspect.
 
     Raises:
         UserError: `n`, or a size given for all, cannot be; or nothing is left to make.
@@ -122,14 +149,17 @@ def collect_pictures(
     if seed < 0:
         raise UserError(f"seed is {seed}, but it cannot be negative")
     side = round(base.native * (sampling.scale or method.scale))
+    default = (side, side) if photo is None else photo.fitting_size(base, side)
     pictures: list[Picture] = []
     for prompt in prompts:
         size = (
-            next(given for given in (prompt.height, height, side) if given is not None),
-            next(given for given in (prompt.width, width, side) if given is not None),
+            next(given for given in (prompt.height, height, default[0]) if given is not None),
+            next(given for given in (prompt.width, width, default[1]) if given is not None),
         )
         try:
-            check_size(base, method, sampling, *size)
+            sampling.recipe(base, method, *size)
+            if photo is not None:
+                photo.check_aspect(base, *size)
         except UserError as error:
             if prompt.height is None and prompt.width is None:
                 raise
@@ -141,14 +171,3 @@ def collect_pictures(
     if not pictures:
         raise UserError("no line of the prompt file has a size that this base can make: the warnings above name them")
     return pictures
-
-
-def check_size(base: BaseSettings, method: Method, sampling: Sampling, height: int, width: int) -> None:
-    """Refuse what the method cannot make on the base.
-
-    Raises:
-        UserError: A size, scale or window that cannot be, with what can.
-    """
-    plan = replace(method, scale=sampling.scale_for(base, height, width)).plan(base, height, width)
-    # Shifted windows are checked when the layouts of odd blocks are made.
-    plan.layouts  # noqa: B018

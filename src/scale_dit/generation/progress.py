@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ class Estimate:
             refinement until it was seen once.
     """
 
-    def __init__(self, pictures: list[dict[str, float]]):
+    def __init__(self, pictures: list[Mapping[str, float]]):
         self.pictures = pictures
         self.done: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -70,9 +71,9 @@ class GenerationProgress:
         console: Where it is shown.
     """
 
-    def __init__(self, work: list[dict[str, float]], console: Console):
-        self.work, self.current = work, -1
-        self.estimate = Estimate(work)
+    def __init__(self, work: Sequence[Mapping[str, float]], console: Console):
+        self.work, self.current, self.console = work, -1, console
+        self.estimate = Estimate(list(work))
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeLeft(self.estimate), console=console
         )
@@ -88,6 +89,12 @@ class GenerationProgress:
     ) -> None:
         self.bar.stop()
 
+    def skip(self) -> None:
+        """The next picture is not made here."""
+        self.current += 1
+        self.estimate.pictures[self.current] = {}
+        self.bar.update(self.task, total=sum(sum(stages.values()) for stages in self.estimate.pictures))
+
     def begin(self) -> None:
         """The next picture begins."""
         self.current += 1
@@ -96,12 +103,14 @@ class GenerationProgress:
 
     def step(self, stage: str, done: int, steps: int) -> None:
         """A step of a stage is done; `ScaleDiTPipeline`'s `progress` callback."""
-        self._note(stage, self.work[self.current][stage] / steps)
+        self._note(stage, self.work[self.current].get(stage, 0.0) / steps)
         self._describe(f"{stage} {done}/{steps}" if done < steps or stage == "draft" else "decode")
 
     def end(self) -> None:
-        """The picture is decoded and written."""
-        self._note("decode", self.work[self.current]["decode"])
+        """The picture is done; stages that were there already count as done."""
+        self._note("decode", self.work[self.current].get("decode", 0.0))
+        done = sum(sum(stages.values()) for stages in self.estimate.pictures[: self.current + 1])
+        self.bar.update(self.task, completed=done)
 
     def _note(self, stage: str, work: float) -> None:
         now = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 
 from scale_dit.errors import UserError
 
-TEXT_OPTIONS = ("prompt", "negative_prompt", "prompts_file")
+TEXT_OPTIONS = ("prompt", "negative_prompt", "prompts_file", "draft", "resume")
 """Options whose value is any text, not Hydra's override grammar."""
 
 FILE_KINDS = (".txt", ".jsonl", ".csv")

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from scale_dit.autoencoder import Decoding
-from scale_dit.data.cache_store import weights_fingerprint
 from scale_dit.device import choose_device
-from scale_dit.generation.folder import OutputFolder
+from scale_dit.generation.claims import Claims
+from scale_dit.generation.contact_sheet import write_contact_sheet
+from scale_dit.generation.folder import Files, OutputFolder
+from scale_dit.generation.job import Job
+from scale_dit.generation.maker import Making, Workshop
+from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
-from scale_dit.lora import check_record, file_digest, read_lora
+from scale_dit.generation.resume import resume_command
+from scale_dit.generation.setup import Setup
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 from scale_dit.planning.run import RunPlan
-from scale_dit.run_record import write_run_record
+from scale_dit.run_folder import RECORD
+from scale_dit.run_record import add_resumption, write_run_record
 
 INTERRUPTED_STATUS = 130
-WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
 def generate(
@@ -37,6 +43,9 @@ def generate(
     output: str | Path,
     *,
     lora: str | Path | None = None,
+    photo: DraftPhoto | None = None,
+    job: Job | None = None,
+    files: Files | None = None,
     backend: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -45,132 +54,138 @@ def generate(
     config: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Make pictures and write them as PNG files whose text metadata says what they were made with.
+    """Make pictures and write them as files whose metadata says what they were made with.
 
-    Pictures of an interrupted run with the same settings are not made again.
+    What an interrupted run with the same settings left, pictures and latents, is not made again.
 
     Args:
+        pictures: All of the run, whatever part of them this call makes.
         lora: File or folder of the base's LoRA; `None`: none.
         output: Folder of the pictures.
+        photo: A picture to use instead of drafts.
+        job: Which stages, of which pictures; by default all.
+        files: How pictures and latents are written.
         overwrite: Remove the pictures of an earlier run from it.
         memory: How memory is saved; by default as far as it has to be.
-        config: The resolved config, left in `run.json` beside the pictures.
+        config: The resolved config, left in `run.json` beside the pictures and in their metadata.
 
     Returns:
-        The files, in the order of `pictures`.
+        The files of the job's pictures that are there, in their order, or the contact sheet of the drafts.
 
     Raises:
-        UserError: Settings, a LoRA, a device or a folder that cannot be, before weights are loaded; a full disk.
+        UserError: Settings, a LoRA, a device or a folder that cannot be, before weights are loaded; a full disk, or
+            no memory left.
         SystemExit: Ctrl-C, after a message that says how to go on.
     """
-    console = console or Console()
+    console, job = console or Console(), job or Job()
     sampling.check(base)
-    place, kind = choose_device(device, dtype)
-    settings: dict[str, Any] = {"base": asdict(base), "method": asdict(method), "sampling": asdict(sampling)}
-    settings |= {"dtype": str(kind), "weights": _weights_digest(base), "lora": _lora_digest(lora, base)}
-    folder = OutputFolder(Path(output), settings)
-    pending = folder.pending(pictures, overwrite)
-    write_run_record(folder.path, config or settings, pictures[0].seed)
-    if len(pending) < len(pictures):
-        console.print(f"{len(pictures) - len(pending)} of {len(pictures)} pictures are there already")
+    setup = Setup(base, method, sampling, lora, photo, backend, *choose_device(device, dtype), memory or Memory())
+    folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
+    selected = job.select(pictures)
+    pending = folder.pending(selected, overwrite, job.goes_on)
+    _record(folder, pictures[0].seed, len(selected) - len(pending), job)
+    if len(pending) < len(selected):
+        console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")
     if pending:
-        plan = RunPlan(pending, base, method, sampling, memory or Memory(), backend, place, kind)
-        plan.show(console)
-        pipeline = _load(base, method, sampling, lora, backend, kind)
-        plan.prepare(pipeline)
-        if not _make_all(pipeline, pending, sampling, folder, console, plan):
-            console.print(f"Interrupted. The same command with output={folder.path} goes on.", markup=False)
-            sys.exit(INTERRUPTED_STATUS)
-        plan.show_actual(console)
-    folder.finish(pictures)
-    return [folder.path / picture.file_name for picture in pictures]
+        plan = setup.plan(pending) if job.stage != "decode" else None
+        if plan is not None and job.stage != "draft":
+            plan.show(console)
+        _make_all(setup, plan, pending, folder, job, console)
+        if plan is not None:
+            plan.show_actual(console)
+    if job.stage == "draft":
+        return [write_contact_sheet(folder, pictures)]
+    there = [picture for picture in selected if folder.file(picture).is_file()]
+    if there == selected and (job.pick is not None or all(folder.file(each).is_file() for each in pictures)):
+        folder.finish(pictures)
+    return [folder.file(picture) for picture in there]
 
 
 def _make_all(
-    pipeline: ScaleDiTPipeline,
-    pictures: Sequence[Picture],
-    sampling: Sampling,
-    folder: OutputFolder,
-    console: Console,
-    plan: RunPlan,
-) -> bool:
-    """Make and write pictures; `False` if Ctrl-C stopped it."""
-    work = [_work(pipeline, picture, sampling) for picture in pictures]
+    setup: Setup, plan: RunPlan | None, pictures: Sequence[Picture], folder: OutputFolder, job: Job, console: Console
+) -> None:
+    """Load the base and make pictures.
+
+    Raises:
+        SystemExit: Ctrl-C.
+    """
+    pipeline = setup.load(plan)
+    work = [_work(pipeline, picture, setup.sampling, job.stage) for picture in pictures]
+    interrupted = False
     try:
-        with GenerationProgress(work, console) as progress:
-            for picture in pictures:
-                plan.note(picture, **_make(pipeline, picture, sampling, folder, progress))
+        with interrupted_by_termination(), GenerationProgress(work, console) as progress:
+            workshop = Workshop(pipeline, setup.sampling, folder, progress.step, setup.photo)
+            with Claims(folder.path) as claims:
+                for picture in pictures:
+                    _make(Making(workshop, picture), job.stage, claims, progress, plan)
     except KeyboardInterrupt:
-        return False
-    return True
+        interrupted = True
+    if interrupted:
+        console.print("Interrupted; every step is saved. Go on with:", markup=False)
+        console.print(f"  {resume_command(folder.path)}", markup=False, soft_wrap=True)
+        sys.exit(INTERRUPTED_STATUS)
 
 
-def _weights_digest(base: BaseSettings) -> str | None:
-    return weights_fingerprint(base.path, WEIGHTS) if Path(base.path).is_dir() else None
-
-
-def _lora_digest(path: str | Path | None, base: BaseSettings) -> str | None:
-    """The digest of a LoRA, after it was seen to be one of this base's."""
-    if path is None:
-        return None
-    _, record = read_lora(path)
-    check_record(record, base.name, {})
-    return file_digest(path)
-
-
-def _load(
-    base: BaseSettings,
-    method: Method,
-    sampling: Sampling,
-    lora: str | Path | None,
-    backend: str,
-    dtype: torch.dtype,
-) -> ScaleDiTPipeline:
-    """The pipeline in host memory."""
-    pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=dtype)
-    pipeline.configure(base, backend)
-    pipeline.method = method
-    pipeline.decoding = Decoding(tile=sampling.decode_tile, overlap=sampling.decode_tile // 4)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    return pipeline
-
-
-def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling) -> dict[str, float]:
-    """Tokens times steps of each stage of one picture."""
-    settings, size = pipeline.settings, (picture.height, picture.width)
-    scale = sampling.scale_for(settings, *size)
-    layout = replace(pipeline.method, scale=scale).plan(settings, *size).layout
-    refine_step = layout.text + layout.image.tokens
-    work = {"refine": (sampling.steps or settings.steps) * refine_step, "decode": DECODE_STEPS * refine_step}
-    if layout.guidance is None and sampling.start == 1 and sampling.low_pass == 0:
-        return work
-    draft = pipeline.draft_plan(*size, scale).layout
-    return {"draft": (sampling.draft_steps or settings.steps) * (draft.text + draft.image.tokens), **work}
-
-
-def _make(
-    pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling, folder: OutputFolder, progress: GenerationProgress
-) -> Mapping[str, Any]:
-    """Make and write one picture; returns its seconds and peak bytes by stage."""
+def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgress, plan: RunPlan | None) -> None:
+    """Do a picture's stages, unless another process does them or did."""
+    picture, folder = making.picture, making.folder
+    if not claims.take(picture.index):
+        progress.skip()
+        return
+    done = folder.draft_file(picture) if stage == "draft" else folder.file(picture)
+    if done.is_file():
+        claims.release(picture.index)
+        progress.skip()
+        return
     progress.begin()
-    result: Any = pipeline(
-        picture.prompt,
-        picture.height,
-        picture.width,
-        negative_prompt=picture.negative_prompt,
-        num_inference_steps=sampling.steps,
-        draft_steps=sampling.draft_steps,
-        guidance_scale=sampling.guidance_scale,
-        draft_guidance_scale=sampling.draft_guidance_scale,
-        start=sampling.start,
-        low_pass=sampling.low_pass,
-        scale=sampling.scale_for(pipeline.settings, picture.height, picture.width),
-        generator=torch.Generator().manual_seed(picture.seed),
-        output_type="pt",
-        progress=progress.step,
-    )
-    cost: Mapping[str, Any] = {"seconds": result.cost.seconds, "peak_bytes": result.cost.peak_bytes}
-    folder.keep(picture, result.images[0], cost)
+    if stage == "draft":
+        making.draft()
+    elif stage == "decode":
+        if not making.decode():
+            progress.console.print(f"picture {picture.index} has no finished latents: it is left out")
+    else:
+        making.refine_and_decode()
+    claims.release(picture.index)
+    making.pipeline.maybe_free_model_hooks()
+    if plan is not None and making.whole:
+        plan.note(picture, making.cost.seconds, making.cost.peak_bytes)
     progress.end()
-    return cost
+
+
+@contextmanager
+def interrupted_by_termination() -> Iterator[None]:
+    """Take a request to end, as clusters send it, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
+    """Leave the run record; a command that goes on adds itself to it."""
+    config = dict(folder.settings if folder.config is None else folder.config)
+    if job.goes_on and (folder.path / RECORD).is_file():
+        add_resumption(folder.path, config, seed, there)
+    else:
+        write_run_record(folder.path, config, seed)
+
+
+def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling, stage: str) -> Mapping[str, float]:
+    """Tokens times steps of each stage of one picture."""
+    recipe = sampling.recipe(pipeline.settings, pipeline.method, picture.height, picture.width)
+    layout, draft = recipe.plan.layout, recipe.draft_plan.layout
+    refine_step, draft_step = layout.text + layout.image.tokens, draft.text + draft.image.tokens
+    if stage == "draft":
+        return {"draft": recipe.draft_steps * draft_step, "decode": DECODE_STEPS * draft_step}
+    if stage == "decode":
+        return {"decode": DECODE_STEPS * refine_step}
+    drafting = {"draft": float(recipe.draft_steps * draft_step)} if recipe.needs_draft else {}
+    return {**drafting, "refine": recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scale_dit.anchors import ntk_theta
+from scale_dit.anchors import ntk_theta, yarn_rotary
 from scale_dit.attention import avoid_failing_kernels
 from scale_dit.errors import UserError
 from scale_dit.lora import active_adapters
-from scale_dit.method import Plan
+from scale_dit.method import Method, Plan
 from scale_dit.models.chunking import chunked_feed_forward
 from scale_dit.models.flux_attention import BlockAttention, KeysValues, fuses
 from scale_dit.models.hooks import called, calls_transformer
@@ -134,7 +134,7 @@ class Driver(Parts):
             hidden = self.transformer.x_embedder(tokens.to(self.dtype))
             time = torch.zeros(len(tokens), device=tokens.device)
             modulation = self.embed_time(time, guidance_scale, pooled)
-        rotary = self.rotary(self.token_ids(plan.guidance_ids), plan.method.ntk, hidden.device)
+        rotary = self.rotary(self.token_ids(plan.guidance_ids), plan.method, hidden.device)
         no_text = hidden[:, :0]
         keys_values: list[KeysValues] = []
         *blocks, last = self.blocks
@@ -175,7 +175,7 @@ class Driver(Parts):
             modulation = self.embed_time(time, guidance_scale, text.pooled)
             words = transformer.context_embedder(text.tokens.to(self.dtype))
         ids = torch.cat([self.text_ids(plan.layout.text), self.token_ids(plan.image_ids)])
-        rotary = self.rotary(ids, plan.method.ntk, image.device)
+        rotary = self.rotary(ids, plan.method, image.device)
         for index, block in enumerate(self.blocks):
             block_guidance = guidance[index] if guidance is not None else None
             attention = BlockAttention(plan.layouts[index % 2], self.backend, block_guidance)
@@ -213,15 +213,19 @@ class Driver(Parts):
             return checkpoint(forward, image, text, use_reentrant=False)
         return forward(image, text)
 
-    def rotary(self, ids: Tensor, ntk: float, device: torch.device) -> Rotary:
-        """Cosine and sine of tokens at `ids` `[S, axes]`; `ntk` slows rows and columns, and no other axis."""
+    def rotary(self, ids: Tensor, method: Method, device: torch.device) -> Rotary:
+        """Cosine and sine of tokens at `ids` `[S, axes]`; NTK and YaRN slow rows and columns, and no other axis."""
         embed = self.transformer.pos_embed
         ids = ids.to(device)
+        if method.yarn != 1:
+            native = self.settings.native // self.settings.token_size
+            factors = (1.0, method.yarn, method.yarn, *(1.0 for _ in embed.axes_dim[3:]))
+            return yarn_rotary(ids, embed.theta, embed.axes_dim, factors, native)
         plain = embed(ids)
-        if ntk == 1:
+        if method.ntk == 1:
             return plain
         before, rows, columns = embed.axes_dim[:3]
-        slow = type(embed)(ntk_theta(embed.theta, ntk, rows), embed.axes_dim)(ids)
+        slow = type(embed)(ntk_theta(embed.theta, method.ntk, rows), embed.axes_dim)(ids)
         places = slice(before, before + rows + columns)
         for part, slower in zip(plain, slow, strict=True):
             part[:, places] = slower[:, places]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
-from scale_dit.autoencoder import Decoding, decode, encode
+from scale_dit.autoencoder import Decoding, decode, decode_bands, encode
 from scale_dit.models.hooks import called
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.text import Text
@@ -132,6 +132,13 @@ class Parts(ABC):
         vae = self.pipeline.vae
         with called(vae):
             return decode(vae, self.denormalise(latents).to(vae.device), how)
+
+    @torch.no_grad()
+    def decode_bands(self, latents: Tensor, how: Decoding) -> Iterator[tuple[int, Tensor]]:
+        """One picture from normalised latents `[1, C, h, w]`, as `scale_dit.autoencoder.decode_bands` yields it."""
+        vae = self.pipeline.vae
+        with called(vae):
+            yield from decode_bands(vae, self.denormalise(latents).to(vae.device), how)
 
     def noise(self, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Noise `[1, C, 2*height, 2*width]`, sides in tokens, as the stock pipeline draws it."""

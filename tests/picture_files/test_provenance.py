@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scale_dit.evaluation.pictures import (
+from scale_dit.picture_files import (
     fingerprint,
     load_picture,
     read_provenance,

@@ -1,0 +1,219 @@
+"""One picture from its prompt to its file: every stage whose result is on disk is taken from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from scale_dit.errors import UserError
+from scale_dit.generation.folder import OutputFolder, writing
+from scale_dit.generation.photo import DraftPhoto, PhotoLatents
+from scale_dit.generation.pictures import Picture, Sampling
+from scale_dit.generation.resume import resume_command
+from scale_dit.picture_files import save_picture
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.pipeline_output import StageCost
+from scale_dit.pipeline_stages import Prompts
+from scale_dit.sampling import derived_generators
+
+Report = Callable[[str, int, int], None]
+"""Called after every step with the stage, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all pictures of a run are made with.
+
+    Args:
+        pipeline: Loaded, and on its device.
+        sampling: How.
+        folder: Where pictures and latents go.
+        report: Hears of every step.
+        photo: A picture to use instead of drafts.
+    """
+
+    pipeline: ScaleDiTPipeline
+    sampling: Sampling
+    folder: OutputFolder
+    report: Report
+    photo: DraftPhoto | None = None
+
+
+class Making:
+    """One picture in the making. What its stages cost is in `cost`; one that is taken from disk is not among them."""
+
+    def __init__(self, workshop: Workshop, picture: Picture):
+        self.pipeline, self.folder, self.photo = workshop.pipeline, workshop.folder, workshop.photo
+        self.report, self.picture = workshop.report, picture
+        self.recipe = workshop.sampling.recipe(
+            self.pipeline.settings, self.pipeline.method, picture.height, picture.width
+        )
+        self.cost = StageCost()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every stage ran, so that the cost is that of a picture."""
+        drafts = {"draft"} if self.recipe.needs_draft else set()
+        return self.cost.seconds.keys() >= {"text", "refine", "decode"} | drafts and not self.resumed
+
+    def draft(self) -> None:
+        """Make the draft, and a preview of it as a picture.
+
+        Raises:
+            UserError: No draft is needed; the disk is full, or memory runs out: what is saved stays.
+        """
+        if not self.recipe.needs_draft:
+            raise UserError("stage=draft: these pictures read no draft (method.guidance=false); use stage=all")
+        with enough_memory("draft", self.folder, "memory=least"):
+            latents = self._drafted.draft
+            with self._cost("decode"):
+                preview = self.pipeline.decode(latents)[0]
+        with writing(self.folder.path):
+            save_picture(preview, self.folder.draft_file(self.picture))
+
+    def refine_and_decode(self) -> None:
+        """Make the picture, from its saved latents or its draft where they are there.
+
+        Raises:
+            UserError: The disk is full, or memory runs out; what is saved stays.
+        """
+        with enough_memory("refine", self.folder, "memory=least"):
+            latents = self._refined()
+        self._decode(latents)
+
+    def decode(self) -> bool:
+        """Decode the picture; `False` if its latents are not finished.
+
+        Raises:
+            UserError: The disk is full, or memory runs out; what is saved stays.
+        """
+        if self._saved is None or self._saved[1] < self.recipe.steps:
+            return False
+        self._decode(self._saved[0])
+        return True
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there were latents of the picture."""
+        return self._saved is not None
+
+    @cached_property
+    def _saved(self) -> tuple[Tensor, int] | None:
+        """Latents of the picture and the steps that led to them."""
+        found = self.folder.latents.load(f"{self.picture.stem}.refine", self.folder.latents_fingerprint(self.picture))
+        return None if found is None else (found[0].to(self._device), found[1])
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        with self._cost("text"):
+            return self.pipeline.encode([self.picture.prompt], self.picture.negative_prompt, self.recipe)
+
+    @cached_property
+    def _drafted(self) -> PhotoLatents:
+        """The draft: the photo, or what is on disk, or a new one."""
+        if self.photo is not None:
+            with self._cost("draft"):
+                return self.photo.latents(self.pipeline, self.recipe)
+        name, digest = f"{self.picture.stem}.draft", self.folder.draft_fingerprint(self.picture)
+        if (saved := self.folder.latents.load(name, digest)) is not None:
+            return PhotoLatents(saved[0].to(self._device), None)
+        prompts, steps = self._prompts, self.recipe.draft_steps
+        with self._cost("draft"):
+            latents = self.pipeline.draft(
+                prompts, self.recipe, [self._generator()], lambda index, *_: self.report("draft", index + 1, steps)
+            )
+        with writing(self.folder.path):
+            self.folder.latents.save(name, latents, steps, digest)
+        return PhotoLatents(latents, None)
+
+    def _refined(self) -> Tensor:
+        """Finished latents, from what is on disk or from the draft."""
+        recipe, saved = self.recipe, self._saved
+        if saved is not None and saved[1] == recipe.steps:
+            return saved[0]
+        draft, begin = (self._drafted.draft, self._drafted.begin) if recipe.needs_draft else (None, None)
+        prompts = self._prompts
+        keeper = LatentsKeeper(self.folder, self.picture, recipe.steps, self.report)
+        with self._cost("refine"), keeper.saving():
+            if saved is not None:
+                return self.pipeline.resume_refine(prompts, recipe, draft, *saved, keeper.after_step, begin=begin)
+            generators = derived_generators([self._generator()])
+            return self.pipeline.refine(prompts, recipe, draft, generators, keeper.after_step, begin=begin)
+
+    def _decode(self, latents: Tensor) -> None:
+        with enough_memory("decode", self.folder, "stage=decode", "memory.decode=tiled"):
+            bands = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
+            self.folder.keep(self.picture, bands, self.cost)
+        if not self.folder.files.keep_latents:
+            self.folder.latents.remove(f"{self.picture.stem}.refine")
+            if not self.folder.draft_file(self.picture).is_file():  # nobody chose from drafts, or will again
+                self.folder.latents.remove(f"{self.picture.stem}.draft")
+
+    def _cost(self, stage: str) -> AbstractContextManager[None]:
+        return self.cost.stage(stage, self._device)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.picture.seed)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.pipeline._execution_device
+
+
+class LatentsKeeper:
+    """Saves the latents of a refinement: every few steps, after the last one, and when it is interrupted."""
+
+    def __init__(self, folder: OutputFolder, picture: Picture, steps: int, report: Report):
+        self.folder, self.picture, self.steps, self.report = folder, picture, steps, report
+        self.unsaved: tuple[Tensor, int] | None = None
+
+    def after_step(self, index: int, timestep: Tensor, latents: Tensor) -> None:
+        """Hear of a step: `AfterStep`."""
+        done = index + 1
+        self.unsaved = latents, done
+        if done % self.folder.files.save_every == 0 or done == self.steps:
+            self.save()
+        self.report("refine", done, self.steps)
+
+    def save(self) -> None:
+        """Save the latents of the last step, if they are not saved yet.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        if self.unsaved is None:
+            return
+        digest = self.folder.latents_fingerprint(self.picture)
+        with writing(self.folder.path):
+            self.folder.latents.save(f"{self.picture.stem}.refine", *self.unsaved, digest)
+        self.unsaved = None
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save what there is when it is interrupted inside, or memory runs out."""
+        try:
+            yield
+        except (KeyboardInterrupt, torch.OutOfMemoryError):
+            self.save()
+            raise
+
+
+@contextmanager
+def enough_memory(stage: str, folder: OutputFolder, *remedy: str) -> Iterator[None]:
+    """Say how to go on when the device has no memory left.
+
+    Raises:
+        UserError: It has none left.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory in the stage {stage!r} ({str(error).splitlines()[0]}). The steps up to there are saved; go "
+            f"on with less memory: {resume_command(folder.path, *remedy)}"
+        ) from error

@@ -1,0 +1,83 @@
+"""Everything that the pictures of a run share, and loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale_dit.autoencoder import Decoding
+from scale_dit.data.cache_store import weights_fingerprint
+from scale_dit.generation.photo import DraftPhoto
+from scale_dit.generation.pictures import Picture, Sampling
+from scale_dit.lora import check_record, file_digest, read_lora
+from scale_dit.method import Method
+from scale_dit.models.settings import BaseSettings
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.memory import Memory
+from scale_dit.planning.run import RunPlan
+
+WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made with, before any of it is loaded; see `scale_dit.generation.generate`."""
+
+    base: BaseSettings
+    method: Method
+    sampling: Sampling
+    lora: str | Path | None
+    photo: DraftPhoto | None
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    memory: Memory
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what pictures look like, as plain values.
+
+        Raises:
+            UserError: The LoRA cannot be read, or is another base's.
+        """
+        found: dict[str, Any] = {name: asdict(getattr(self, name)) for name in ("base", "method", "sampling")}
+        weights = weights_fingerprint(self.base.path, WEIGHTS) if Path(self.base.path).is_dir() else None
+        found |= {"dtype": str(self.dtype), "weights": weights, "lora": self._lora_digest()}
+        return found if self.photo is None else found | {"draft": self.photo.digest}
+
+    def plan(self, pictures: Sequence[Picture]) -> RunPlan:
+        """How the pictures are made, and what that takes.
+
+        Raises:
+            UserError: The largest does not fit.
+        """
+        return RunPlan(
+            pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype
+        )
+
+    def load(self, plan: RunPlan | None) -> ScaleDiTPipeline:
+        """The pipeline, brought to the device as planned; without a plan only what decodes is."""
+        pipeline = ScaleDiTPipeline.from_pretrained(self.base.path, settings=self.base, dtype=self.dtype)
+        pipeline.configure(self.base, self.backend)
+        pipeline.method = self.method
+        tile = self.sampling.decode_tile
+        pipeline.decoding = Decoding(tile=tile, overlap=tile // 4)
+        if self.lora is not None:
+            pipeline.load_lora_weights(self.lora)
+        if plan is not None:
+            plan.prepare(pipeline)
+        else:
+            pipeline.vae.to(self.device)
+            pipeline.decoding = replace(pipeline.decoding, mode=self.memory.decode)
+        return pipeline
+
+    def _lora_digest(self) -> str | None:
+        """The digest of the LoRA, after it was seen to be one of this base's."""
+        if self.lora is None:
+            return None
+        _, record = read_lora(self.lora)
+        check_record(record, self.base.name, {})
+        return file_digest(self.lora)
