@@ -171,6 +171,6 @@ def _make(
         progress=progress.step,
     )
     cost: Mapping[str, Any] = {"seconds": result.cost.seconds, "peak_bytes": result.cost.peak_bytes}
-    folder.keep(picture, result.images[0], cost)
+    folder.keep(picture, result.images[0], {**cost, "decode": pipeline.decoding.mode})
     progress.end()
     return cost
