@@ -14,7 +14,7 @@ from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 from scale_dit.lora import check_record
 from scale_dit.method import Plan, draft_plan
-from scale_dit.models.flux1 import Text
+from scale_dit.models.text import Text
 from scale_dit.pipeline_loading import LoadedPipeline
 from scale_dit.pipeline_output import ScaleDiTOutput, StageCost
 from scale_dit.sampling import (
@@ -242,8 +242,7 @@ class ScaleDiTPipeline(LoadedPipeline):
 
     def _noise(self, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:
         grid = plan.layout.image
-        shape = (1, self.base.latent_channels, 2 * grid.height, 2 * grid.width)
-        noise = [torch.randn(shape, generator=each, device=each.device) for each in generators]
+        noise = [self.base.noise(grid.height, grid.width, each) for each in generators]
         return torch.cat([one.to(self._execution_device) for one in noise])
 
     def _scale(self, guidance_scale: float | None, plan: Plan) -> float:

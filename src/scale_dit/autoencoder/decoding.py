@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "whole", "streamed", "host", "tiled")
 BytesNeeded = Callable[[Any, int, int, str], int]
+WHOLE_PIXELS = 2048**2
+"""Largest picture that `auto` decodes untiled on a GPU."""
 SHARE = 0.9
 """Of the free memory that is counted on."""
 
@@ -66,7 +68,9 @@ class Decoding:
         """
         if self.mode != "auto":
             return self.mode
-        for mode in ("whole", "streamed") if self.wrap == "none" else ("streamed",):
+        # Above, the untiled one is slower on a GPU, too.
+        may_be_whole = self.wrap == "none" and (free is None or height * width <= WHOLE_PIXELS)
+        for mode in ("whole", "streamed") if may_be_whole else ("streamed",):
             if free is None or needed(vae, height, width, mode) <= SHARE * free:
                 return mode
         return "host"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from scale_dit.autoencoder.attention import SCORE_BYTES
+
 WHOLE_DECODER, WHOLE_ENCODER = 3, 5
 """Activations of its largest layer that the untiled decoder holds at a time (input, norm, what is behind the norm), and
 those that the encoder does (its first activation, too, and a padded copy)."""
@@ -18,6 +20,8 @@ SAMPLED = 3
 """Tiles along either side whose norms' statistics are those of all tiles."""
 ATTENTION = 5
 """Planes of the middle attention layer: its input, query, key and value, one of them twice while bands are joined."""
+SCORES = 2.5
+"""Bytes for each byte of its scores in 16 bit: their exponentials, and these in 16 bit."""
 BAND_BYTES = 22
 """For each element of a band, whatever its dtype: norms are computed in float32."""
 BAND_ELEMENTS = 2**26
@@ -64,11 +68,13 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
 
 def _streamed_bytes(vae: Any, height: int, width: int, on_host: bool, band_elements: int) -> int:
     levels = list(_levels(vae, height, width))
-    elements = _attention_elements(levels)
+    scores = round(SCORES * min(SCORE_BYTES, 4 * levels[0][2] ** 2)) if vae.dtype.itemsize < 4 else 0
+    held = _attention_elements(levels) * vae.dtype.itemsize + scores
     if not on_host:
-        elements = max(elements, *(STREAMED * channels * pixels for _, channels, pixels in levels))
+        planes = max(STREAMED * channels * pixels for _, channels, pixels in levels)
+        held = max(held, planes * vae.dtype.itemsize)
     widest = max(max(before, channels) * pixels for before, channels, pixels in levels)
-    return elements * vae.dtype.itemsize + BAND_BYTES * min(band_elements, widest)
+    return held + BAND_BYTES * min(band_elements, widest)
 
 
 def _attention_elements(levels: list[tuple[int, int, int]]) -> int:

@@ -7,7 +7,6 @@ So a norm goes over its input once for the statistics, and they are applied wher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -15,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scale_dit.autoencoder.attention import SCORE_BYTES, attend_all
 from scale_dit.autoencoder.planes import Computed, Plane, Source, bands
 
 Apply = Callable[[Tensor], Tensor]
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Mean and variance of the groups of every norm, float64 `[groups]`, by its name."""
 Region = tuple[Fraction, Fraction, Fraction, Fraction]
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-"""Kernels that never hold all scores at once."""
 
 
 @dataclass
@@ -38,6 +35,7 @@ class Streaming:
         wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
         regions: first and last + 1 row and column that count for statistics, for each of the batch, as shares of its
             sides; `None`: everything.
+        score_bytes: of the attention layer's scores that are held at a time.
         statistics: what is there is used, what is not there is measured and kept there.
     """
 
@@ -46,6 +44,7 @@ class Streaming:
     band_elements: int = 2**26
     wrap_columns: bool = False
     wrap_rows: bool = False
+    score_bytes: int = SCORE_BYTES
     regions: tuple[Region, ...] | None = None
     statistics: Statistics = field(default_factory=dict)
 
@@ -210,9 +209,8 @@ class Streaming:
             parts.append(torch.cat(pieces, 1).unflatten(-1, (layer.heads, -1)).transpose(1, 2))
         query, key, value = parts
         for start, stop in bands(source.height, row, self.band_elements // 4):
-            with sdpa_kernel(FUSED) if self.compute.type == "cuda" else nullcontext():
-                mine = query[:, :, start * source.width : stop * source.width]
-                band = functional.scaled_dot_product_attention(mine, key, value)
+            mine = query[:, :, start * source.width : stop * source.width]
+            band = attend_all(mine, key, value, self.score_bytes)
             band = layer.to_out[0](band.transpose(1, 2).flatten(2)).transpose(1, 2)
             straight = source.rows(start, stop)
             if layer.residual_connection:
