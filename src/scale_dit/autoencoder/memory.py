@@ -68,7 +68,9 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
 
 def _streamed_bytes(vae: Any, height: int, width: int, on_host: bool, band_elements: int) -> int:
     levels = list(_levels(vae, height, width))
-    scores = round(SCORES * min(SCORE_BYTES, 4 * levels[0][2] ** 2)) if vae.dtype.itemsize < 4 else 0
+    _, deepest, pixels = levels[0]
+    queries = min(pixels, band_elements // 4 // deepest)
+    scores = round(SCORES * min(SCORE_BYTES, 4 * pixels * queries)) if vae.dtype.itemsize < 4 else 0
     held = _attention_elements(levels) * vae.dtype.itemsize + scores
     if not on_host:
         planes = max(STREAMED * channels * pixels for _, channels, pixels in levels)
