@@ -63,6 +63,7 @@ def test_the_command_makes_the_pictures(small_folder, tmp_path):
     assert provenance is not None
     assert provenance["prompt"] == provenance["negative_prompt"] == PROMPT
     assert provenance["settings"]["base"]["name"] == "small"
+    assert provenance["decode"] in ("whole", "streamed")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["config"]["negative_prompt"] == PROMPT
     assert shlex.split(record["command"])[-1] == f"negative_prompt={PROMPT}", "as it was typed"

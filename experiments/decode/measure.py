@@ -74,7 +74,7 @@ def measure(base: str, sizes: Sequence[int], modes: Sequence[str], to: Path) -> 
             right = picture if mode == "whole" else right
             row = {"base": base, "px": px, "mode": mode, "seconds": f"{seconds:.3f}", "peak_gb": peak}
             planned = "" if how is None else f"{decode_bytes(vae, px, px, mode, tile) / 1e9:.3f}"
-            row |= {"planned_gb": planned, **_errors(picture, right, px, tile, tile // 4 if how is None else overlap)}
+            row |= {"planned_gb": planned, **_errors(picture, right, px, tile, overlap)}
             print(*row.values(), flush=True)
             add_rows(to / "results.csv", [row], ("base", "px", "mode"))
             del picture
@@ -110,7 +110,7 @@ def _timed(
 
 
 def _errors(picture: Tensor, right: Tensor | None, px: int, tile: int, overlap: int) -> dict[str, str]:
-    """Against the untiled picture, in steps of 1/255, and the seam score at the tiles' borders."""
+    """Against the untiled picture, in levels of 255, and the seam score at the borders of our tiles."""
     borders = list(range(tile - overlap // 2, px - overlap // 2, tile - overlap))
     seams = f"{seam_score(picture, borders):.3f}" if borders else ""
     if right is None:

@@ -125,8 +125,11 @@ class OutputFolder:
         self._check_space(missing)
         return missing
 
-    def keep(self, picture: Picture, bands: Iterable[Tensor], cost: StageCost) -> None:
+    def keep(self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decode: str = "whole") -> None:
         """Write a picture of bands `[3, rows, W]` in [0, 1] with everything that it was made with.
+
+        Args:
+            decode: The way in which it is decoded.
 
         Raises:
             UserError: It cannot be written, such as on a full disk.
@@ -143,6 +146,7 @@ class OutputFolder:
                 "machine": machine(),
                 "seconds": cost.seconds,
                 "peak_bytes": cost.peak_bytes,
+                "decode": decode,
             }
 
         with writing(self.path):
