@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from scale_dit.entry import entry_point
 from scale_dit.evaluation.baselines import default_lora
 from scale_dit.generation import Sampling, collect_pictures, collect_prompts, generate, quote_text_options
+from scale_dit.lora_exchange import style_loras
 
 SAMPLING = (
     "steps",
@@ -42,7 +43,8 @@ def main(cfg: DictConfig) -> None:
     pictures = collect_pictures(prompts, base, method, sampling, **{name: values[name] for name in FOR_ALL})
     files = generate(
         pictures, base, method, sampling, cfg.output,
-        lora=default_lora(cfg.lora.path), backend=cfg.attention.name, device=cfg.device, dtype=cfg.dtype,
+        lora=default_lora(cfg.lora.path), lora_base=cfg.lora.base, style_loras=style_loras(values["style_loras"]),
+        backend=cfg.attention.name, device=cfg.device, dtype=cfg.dtype,
         overwrite=cfg.overwrite, memory=hydra.utils.instantiate(cfg.memory), config=values,
     )  # fmt: skip
     print(*files, sep="\n")

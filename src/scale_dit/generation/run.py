@@ -17,8 +17,10 @@ from scale_dit.device import choose_device
 from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
-from scale_dit.lora import check_record, file_digest, read_lora
+from scale_dit.lora import check_record, file_digest, has_record, read_lora
+from scale_dit.lora_exchange import StyleLora, read_foreign_lora
 from scale_dit.method import Method
+from scale_dit.models import load_family
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
@@ -37,6 +39,8 @@ def generate(
     output: str | Path,
     *,
     lora: str | Path | None = None,
+    lora_base: str | None = None,
+    style_loras: Sequence[StyleLora] = (),
     backend: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -51,6 +55,8 @@ def generate(
 
     Args:
         lora: File or folder of the base's LoRA; `None`: none.
+        lora_base: Name of the base that a LoRA by others, which does not say so, was trained for.
+        style_loras: Further LoRAs, which act on all tokens.
         output: Folder of the pictures.
         overwrite: Remove the pictures of an earlier run from it.
         memory: How memory is saved; by default as far as it has to be.
@@ -67,7 +73,8 @@ def generate(
     sampling.check(base)
     place, kind = choose_device(device, dtype)
     settings: dict[str, Any] = {"base": asdict(base), "method": asdict(method), "sampling": asdict(sampling)}
-    settings |= {"dtype": str(kind), "weights": _weights_digest(base), "lora": _lora_digest(lora, base)}
+    settings |= {"dtype": str(kind), "weights": _weights_digest(base), "lora": _lora_digest(lora, base, lora_base)}
+    settings["style_loras"] = [_style_record(style, base) for style in style_loras]
     folder = OutputFolder(Path(output), settings)
     pending = folder.pending(pictures, overwrite)
     write_run_record(folder.path, config or settings, pictures[0].seed)
@@ -76,7 +83,11 @@ def generate(
     if pending:
         plan = RunPlan(pending, base, method, sampling, memory or Memory(), backend, place, kind)
         plan.show(console)
-        pipeline = _load(base, method, sampling, lora, backend, kind)
+        pipeline = _load(base, method, sampling, backend, kind)
+        if lora is not None:
+            pipeline.load_lora_weights(lora, base=lora_base)
+        for style in style_loras:
+            pipeline.load_lora_weights(style.path, style.adapter, weight=style.weight)
         plan.prepare(pipeline)
         if not _make_all(pipeline, pending, sampling, folder, console, plan):
             console.print(f"Interrupted. The same command with output={folder.path} goes on.", markup=False)
@@ -109,20 +120,25 @@ def _weights_digest(base: BaseSettings) -> str | None:
     return weights_fingerprint(base.path, WEIGHTS) if Path(base.path).is_dir() else None
 
 
-def _lora_digest(path: str | Path | None, base: BaseSettings) -> str | None:
+def _lora_digest(path: str | Path | None, base: BaseSettings, given_base: str | None) -> str | None:
     """The digest of a LoRA, after it was seen to be one of this base's."""
     if path is None:
         return None
-    _, record = read_lora(path)
+    record = {"base": given_base} if given_base is not None and not has_record(path) else read_lora(path)[1]
     check_record(record, base.name, {})
     return file_digest(path)
+
+
+def _style_record(style: StyleLora, base: BaseSettings) -> list[object]:
+    """Digest and weight of a style, after its file was seen to be one of this base's family."""
+    read_foreign_lora(style.path, load_family(base).stock)
+    return [file_digest(style.path), style.weight]
 
 
 def _load(
     base: BaseSettings,
     method: Method,
     sampling: Sampling,
-    lora: str | Path | None,
     backend: str,
     dtype: torch.dtype,
 ) -> ScaleDiTPipeline:
@@ -131,8 +147,6 @@ def _load(
     pipeline.configure(base, backend)
     pipeline.method = method
     pipeline.decoding = Decoding(tile=sampling.decode_tile, overlap=sampling.decode_tile // 4)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
     return pipeline
 
 
