@@ -23,6 +23,7 @@ from scale_dit.generation import (
     DraftPhoto,
     Files,
     Job,
+    Loras,
     Sampling,
     collect_pictures,
     collect_prompts,
@@ -30,6 +31,7 @@ from scale_dit.generation import (
     quote_text_options,
     resume_arguments,
 )
+from scale_dit.lora_exchange import style_loras
 from scale_dit.messages import print_error
 
 SAMPLING = (
@@ -62,9 +64,10 @@ def main(cfg: DictConfig) -> None:
     photo = DraftPhoto(Path(values["draft"])) if values["draft"] is not None else None
     for_all = {name: values[name] for name in FOR_ALL}
     pictures = collect_pictures(prompts, base, method, sampling, photo=photo, **for_all)
+    loras = Loras(default_lora(cfg.lora.path), cfg.lora.base, style_loras(values["style_loras"]))
     made = generate(
         pictures, base, method, sampling, cfg.output,
-        lora=default_lora(cfg.lora.path), photo=photo, job=job, files=files, backend=cfg.attention.name,
+        loras=loras, photo=photo, job=job, files=files, backend=cfg.attention.name,
         device=cfg.device, dtype=cfg.dtype, overwrite=cfg.overwrite, memory=hydra.utils.instantiate(cfg.memory),
         config=values,
     )  # fmt: skip

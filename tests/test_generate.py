@@ -22,7 +22,7 @@ from small_bases import SETTINGS
 
 from scale_dit.device import choose_device
 from scale_dit.errors import UserError
-from scale_dit.generation import Picture, Sampling, generate
+from scale_dit.generation import Loras, Picture, Sampling, generate
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, read_provenance
 
@@ -159,7 +159,7 @@ def test_a_finished_folder_is_refused_before_weights_are_loaded(small_settings, 
 def test_a_lora_that_is_none_is_refused(small_settings, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read"):
-        generate(PICTURES, small_settings, METHOD, Sampling(), tmp_path, lora=tmp_path / "lora.safetensors")
+        generate(PICTURES, small_settings, METHOD, Sampling(), tmp_path, loras=Loras(tmp_path / "lora.safetensors"))
 
 
 def test_devices():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,26 @@ class StyleLora:
     def adapter(self) -> str:
         """The adapter's name; peft allows no dots."""
         return (self.name or Path(self.path).stem).replace(".", "_")
+
+
+def style_loras(entries: Sequence[Mapping[str, Any]]) -> list[StyleLora]:
+    """Styles as a config lists them.
+
+    Raises:
+        UserError: An entry that is none, or two of one name.
+    """
+    found = []
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not {"path"} <= entry.keys() <= {"path", "weight", "name"}:
+            raise UserError(f"style_loras has {entry!r}, but an entry is {{path: file, weight: 0.8, name: style}}")
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"the weight of style {entry['path']} is {weight!r}, but it must be a number")
+        found.append(StyleLora(str(entry["path"]), float(weight), entry.get("name")))
+    names = [style.adapter for style in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two styles are named {twice[0]!r}: give each its own name in style_loras")
+    return found
 
 
 def read_foreign_lora(path: str | Path, stock: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from scale_dit.generation.folder import Files
 from scale_dit.generation.job import Job
+from scale_dit.generation.loras import Loras
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling, collect_pictures, collect_prompts
 from scale_dit.generation.prompts import Prompt, quote_text_options, read_prompts
@@ -12,6 +13,7 @@ __all__ = [
     "DraftPhoto",
     "Files",
     "Job",
+    "Loras",
     "Picture",
     "Prompt",
     "Sampling",

@@ -18,6 +18,7 @@ from scale_dit.generation.claims import Claims
 from scale_dit.generation.contact_sheet import write_contact_sheet
 from scale_dit.generation.folder import Files, OutputFolder
 from scale_dit.generation.job import Job
+from scale_dit.generation.loras import Loras
 from scale_dit.generation.maker import Making, Workshop
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
@@ -42,7 +43,7 @@ def generate(
     sampling: Sampling,
     output: str | Path,
     *,
-    lora: str | Path | None = None,
+    loras: Loras | None = None,
     photo: DraftPhoto | None = None,
     job: Job | None = None,
     files: Files | None = None,
@@ -60,7 +61,7 @@ def generate(
 
     Args:
         pictures: All of the run, whatever part of them this call makes.
-        lora: File or folder of the base's LoRA; `None`: none.
+        loras: The base's own LoRA and others; by default none.
         output: Folder of the pictures.
         photo: A picture to use instead of drafts.
         job: Which stages, of which pictures; by default all.
@@ -79,7 +80,9 @@ def generate(
     """
     console, job = console or Console(), job or Job()
     sampling.check(base)
-    setup = Setup(base, method, sampling, lora, photo, backend, *choose_device(device, dtype), memory or Memory())
+    setup = Setup(
+        base, method, sampling, loras or Loras(), photo, backend, *choose_device(device, dtype), memory or Memory()
+    )
     folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
     selected = job.select(pictures)
     pending = folder.pending(selected, overwrite, job.goes_on)

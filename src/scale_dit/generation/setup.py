@@ -11,9 +11,9 @@ import torch
 
 from scale_dit.autoencoder import Decoding
 from scale_dit.data.cache_store import weights_fingerprint
+from scale_dit.generation.loras import Loras
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
-from scale_dit.lora import check_record, file_digest, read_lora
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
@@ -30,7 +30,7 @@ class Setup:
     base: BaseSettings
     method: Method
     sampling: Sampling
-    lora: str | Path | None
+    loras: Loras
     photo: DraftPhoto | None
     backend: str
     device: torch.device
@@ -41,11 +41,11 @@ class Setup:
         """All that decides what pictures look like, as plain values.
 
         Raises:
-            UserError: The LoRA cannot be read, or is another base's.
+            UserError: A LoRA cannot be read, or is another base's.
         """
         found: dict[str, Any] = {name: asdict(getattr(self, name)) for name in ("base", "method", "sampling")}
         weights = weights_fingerprint(self.base.path, WEIGHTS) if Path(self.base.path).is_dir() else None
-        found |= {"dtype": str(self.dtype), "weights": weights, "lora": self._lora_digest()}
+        found |= {"dtype": str(self.dtype), "weights": weights, **self.loras.settings(self.base)}
         return found if self.photo is None else found | {"draft": self.photo.digest}
 
     def plan(self, pictures: Sequence[Picture]) -> RunPlan:
@@ -65,19 +65,10 @@ class Setup:
         pipeline.method = self.method
         tile = self.sampling.decode_tile
         pipeline.decoding = Decoding(tile=tile, overlap=tile // 4)
-        if self.lora is not None:
-            pipeline.load_lora_weights(self.lora)
+        self.loras.load(pipeline)
         if plan is not None:
             plan.prepare(pipeline)
         else:
             pipeline.vae.to(self.device)
             pipeline.decoding = replace(pipeline.decoding, mode=self.memory.decode)
         return pipeline
-
-    def _lora_digest(self) -> str | None:
-        """The digest of the LoRA, after it was seen to be one of this base's."""
-        if self.lora is None:
-            return None
-        _, record = read_lora(self.lora)
-        check_record(record, self.base.name, {})
-        return file_digest(self.lora)
