@@ -193,3 +193,83 @@ class Joint:
             output = self._linear(block.proj_out, torch.cat([read[name], inner], dim=2), name)
             result[name] = hidden[name] + gate[:, None] * output
         return result
+
+
+@dataclass
+class Joint2(Joint):
+    """A FLUX.2 transformer over text, image and guidance at once; there is no pooled text."""
+
+    def velocity(
+        self,
+        image: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        time: Tensor,
+        draft: Tensor,
+        draft_pooled: Tensor,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Velocity of the image tokens `[B, N, C]`, everything in raster order."""
+        model = self.transformer
+        now, clean = (model.time_guidance_embed(1000 * each, None) for each in (time, torch.zeros_like(time)))
+        embedding = {"text": now, "image": now, "guidance": clean}
+        hidden = {
+            "text": model.context_embedder(text),
+            "image": self._linear(model.x_embedder, image, "image"),
+            "guidance": self._linear(model.x_embedder, draft, "guidance"),
+        }
+        places = self.geometry.ids()
+        words = torch.zeros(len(places), 1)
+        words[: text.shape[1], 0] = torch.arange(text.shape[1])
+        rotary = model.pos_embed(torch.cat([places, words], dim=1))
+        self.guidance_keys_values = []
+        for index, block in enumerate([*model.transformer_blocks, *model.single_transformer_blocks]):
+            run = self._double if index < len(model.transformer_blocks) else self._single
+            hidden = run(block, hidden, embedding, rotary, self.geometry.mask(index))
+        return model.proj_out(model.norm_out(hidden["image"], now))
+
+    def _modulate(self, layer: nn.Module, embedding: Tensor) -> list[Tensor]:
+        """Shift, scale and gate, once or twice, `[B, 1, C]` each."""
+        return list(layer.linear(nn.functional.silu(embedding))[:, None].chunk(3 * layer.mod_param_sets, dim=-1))
+
+    def _double(self, block, hidden, modulation, rotary, mask) -> dict[str, Tensor]:
+        model, attn, parts, sets = self.transformer, block.attn, {}, {}
+        for name in SEGMENTS:
+            own = name == "text"
+            layer = model.double_stream_modulation_txt if own else model.double_stream_modulation_img
+            shift, scale, *sets[name] = self._modulate(layer, modulation[name])
+            normed = nn.functional.layer_norm(hidden[name], hidden[name].shape[-1:], eps=1e-6) * (1 + scale) + shift
+            layers = ("add_q_proj", "add_k_proj", "add_v_proj") if own else ("to_q", "to_k", "to_v")
+            norms = ("norm_added_q", "norm_added_k") if own else ("norm_q", "norm_k")
+            parts[name] = self._project(attn, normed, name, layers, norms)
+        read = self._attention(parts, rotary, mask)
+        result = {}
+        for name in SEGMENTS:
+            gate, shift_mlp, scale_mlp, gate_mlp = sets[name]
+            own = name == "text"
+            output = attn.to_add_out(read[name]) if own else self._linear(attn.to_out[0], read[name], name)
+            x = hidden[name] + gate * output
+            ff = block.ff_context if own else block.ff
+            normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_mlp) + shift_mlp
+            first, second = self._linear(ff.linear_in, normed, name).chunk(2, dim=-1)
+            result[name] = x + gate_mlp * self._linear(ff.linear_out, nn.functional.silu(first) * second, name)
+        return result
+
+    def _single(self, block, hidden, modulation, rotary, mask) -> dict[str, Tensor]:
+        attn, parts, inner, gates = block.attn, {}, {}, {}
+        for name in SEGMENTS:
+            shift, scale, gates[name] = self._modulate(self.transformer.single_stream_modulation, modulation[name])
+            normed = nn.functional.layer_norm(hidden[name], hidden[name].shape[-1:], eps=1e-6) * (1 + scale) + shift
+            width = attn.inner_dim
+            query, key, value, first, second = self._linear(attn.to_qkv_mlp_proj, normed, name).split(
+                [width, width, width, attn.mlp_hidden_dim, attn.mlp_hidden_dim], dim=-1
+            )
+            query, key, value = (each.unflatten(-1, (-1, attn.head_dim)) for each in (query, key, value))
+            parts[name] = attn.norm_q(query), attn.norm_k(key), value
+            inner[name] = nn.functional.silu(first) * second
+        read = self._attention(parts, rotary, mask)
+        return {
+            name: hidden[name]
+            + gates[name] * self._linear(attn.to_out, torch.cat([read[name], inner[name]], dim=-1), name)
+            for name in SEGMENTS
+        }

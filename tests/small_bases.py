@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from scale_dit.embedded.build import TinyGeometry
 from scale_dit.lora import ADAPTER, LoraSettings, add_lora
-from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.driver import Driver
+from scale_dit.models.flux1 import Flux1
+from scale_dit.models.flux2 import Flux2Klein
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.text import Text
 
 GEOMETRY = TinyGeometry(
     heads=2,
@@ -77,7 +80,29 @@ def drive(transformer: FluxTransformer2DModel, settings: BaseSettings = SETTINGS
     return Flux1(FluxPipeline(**dict.fromkeys(names), transformer=transformer), settings, **options)
 
 
-def add_random_lora(base: Flux1, rank: int = 4, scope: str = "guidance", seed: int = 5) -> list[nn.Parameter]:
+def klein(heads: int = 2, axis: int = 4, layers: tuple[int, int] = (2, 2), seed: int = 1) -> Flux2Transformer2DModel:
+    """A random FLUX.2-klein transformer."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=layers[0],
+        num_single_layers=layers[1],
+        num_attention_heads=heads,
+        attention_head_dim=4 * axis,
+        axes_dims_rope=(axis,) * 4,
+        joint_attention_dim=48,
+        guidance_embeds=False,
+    )
+    randomise(transformer, seed)
+    return transformer.eval().requires_grad_(False)
+
+
+def drive_klein(transformer: Flux2Transformer2DModel, settings: BaseSettings = SETTINGS, **options) -> Flux2Klein:
+    """The driver over a FLUX.2 transformer alone."""
+    names = ("scheduler", "vae", "text_encoder", "tokenizer")
+    return Flux2Klein(Flux2KleinPipeline(**dict.fromkeys(names), transformer=transformer), settings, **options)
+
+
+def add_random_lora(base: Driver, rank: int = 4, scope: str = "guidance", seed: int = 5) -> list[nn.Parameter]:
     """A LoRA that has an effect: a fresh one's B is zero."""
     parameters = add_lora(base.transformer, LoraSettings(rank, rank, scope))
     generator = torch.Generator().manual_seed(seed)
@@ -88,13 +113,15 @@ def add_random_lora(base: Flux1, rank: int = 4, scope: str = "guidance", seed: i
     return parameters
 
 
-def random_text(count: int, transformer: FluxTransformer2DModel, seed: int = 0, length: int = 24) -> Text:
+def random_text(
+    count: int, transformer: FluxTransformer2DModel | Flux2Transformer2DModel, seed: int = 0, length: int = 24
+) -> Text:
     """Text embeddings of no text at all."""
     generator = torch.Generator().manual_seed(seed)
     config = transformer.config
     return Text(
         torch.randn(count, length, config.joint_attention_dim, generator=generator),
-        torch.randn(count, config.pooled_projection_dim, generator=generator),
+        torch.randn(count, getattr(config, "pooled_projection_dim", 0), generator=generator),
     )
 
 

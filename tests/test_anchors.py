@@ -11,7 +11,6 @@ from scale_dit.anchors import (
     guidance_ids,
     image_ids,
     ntk_theta,
-    text_ids,
     yarn_frequencies,
     yarn_rotary,
     yarn_temperature,
@@ -21,10 +20,6 @@ from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 
 LAYOUT = Layout(4, Grid(16, 12, 2), Grid(4, 4, 2), window=4, order="hilbert")
-
-
-def test_text_sits_at_the_origin():
-    assert torch.equal(text_ids(5), torch.zeros(5, 3))
 
 
 @pytest.mark.parametrize("order", ["raster", "window", "hilbert"])

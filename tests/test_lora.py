@@ -27,8 +27,8 @@ from scale_dit.lora import (
     read_lora,
     remove_lora,
     save_lora,
-    target_modules,
 )
+from scale_dit.lora_targets import target_modules
 from scale_dit.method import Method
 
 PLAN = Method(scale=2).plan(SETTINGS, 192, 160)

@@ -300,7 +300,7 @@ def test_a_prompt_that_is_cut_is_named_in_one_line(pipeline, caplog, monkeypatch
         caplog.clear()
         cut = pipeline.base.encode_prompts([long, PROMPTS[0]])
         assert torch.equal(cut.tokens[1:], pipeline.base.encode_prompts(PROMPTS[:1]).tokens)
-    assert [record.name for record in caplog.records] == ["scale_dit.models.flux1"]
+    assert [record.name for record in caplog.records] == ["scale_dit.models.parts"]
     assert "reads 24 of this prompt's" in caplog.text
     assert "and a blue star" in caplog.text
 

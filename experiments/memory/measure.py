@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from random_flux1 import random_pipeline, random_transformer, write_configs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,14 +31,17 @@ from scale_dit.benchmark.timing import need_gpu
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.method import Method
-from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.flux1 import Flux1
+from scale_dit.models.random_weights import random_part, random_pipeline, write_configs
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.shapes import shape_of
+from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import PART, Memory
 from scale_dit.planning.run import RunPlan
 
 HERE = Path(__file__).parent
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
 FULL_STEPS = 28
 WARM_PX = 512
@@ -71,7 +73,7 @@ def random(*shape: int) -> Tensor:
 @torch.no_grad()
 def measure_steps(options: argparse.Namespace) -> None:
     """One denoising step of the picture: stock and windowed, eager and compiled, weights on the card."""
-    transformer = random_transformer()
+    transformer = random_part(shape_of("flux1_dev", "full")["transformer"], DEVICE)
     for px in options.px:
         for kind in options.kinds:
             step = _stock_step(transformer, px) if kind in DENSE else _windowed_step(transformer, px, kind)
@@ -123,11 +125,11 @@ class Run:
     """A pipeline with random weights, planned and prepared as `generate` does it."""
 
     def __init__(self, sizes: list[int], steps: int, memory: Memory):
-        settings = write_configs(Path(tempfile.mkdtemp()))
+        settings = write_configs("flux1_dev", Path(tempfile.mkdtemp()))
         method, self.sampling = Method(), Sampling(steps=steps, draft_steps=steps)
         pictures = [Picture(index, PROMPT, "", index, px, px) for index, px in enumerate(sizes)]
         self.plan = RunPlan(pictures, settings, method, self.sampling, memory, "auto", DEVICE, DTYPE)
-        self.pipeline: ScaleDiTPipeline = random_pipeline(settings)
+        self.pipeline: ScaleDiTPipeline = random_pipeline(settings, draw_on=DEVICE)
         self.pipeline.method = method
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

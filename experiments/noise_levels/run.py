@@ -16,7 +16,7 @@ from scale_dit.data.scene_batches import held_out_scenes
 from scale_dit.data.scenes import render
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.method import Method, Plan
-from scale_dit.models.flux1 import Text
+from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.sampling import add_noise
 

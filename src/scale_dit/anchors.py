@@ -1,7 +1,8 @@
-"""Rotary positions of text, image and guidance tokens.
+"""Rotary positions of image and guidance tokens.
 
-FLUX gives every token three rotary ids; Scale-DiT (arXiv 2510.16325, "scaled positional anchors") spreads the draft's
-ids over the picture's grid, so that a guidance token lies where its part of the picture lies.
+Every family's first three rotary ids of a token are time, row and column (`Driver.token_ids` adds what others it has);
+Scale-DiT (arXiv 2510.16325, "scaled positional anchors") spreads the draft's ids over the picture's grid, so that a
+guidance token lies where its part of the picture lies.
 """
 
 from __future__ import annotations
@@ -42,11 +43,6 @@ def centred(s: float) -> tuple[float, float]:
 def none(s: float) -> tuple[float, float]:
     """On its own index, as if the draft were the picture's top left corner (ablation)."""
     return 1.0, 0.0
-
-
-def text_ids(length: int) -> Tensor:
-    """Ids of text tokens: all zero, float32 `[T, 3]`."""
-    return torch.zeros(length, 3)
 
 
 def image_ids(layout: Layout) -> Tensor:

@@ -24,8 +24,8 @@ from scale_dit.lora import (
 )
 from scale_dit.method import Method, Plan
 from scale_dit.models import load_family
-from scale_dit.models.flux1 import Text
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.text import Text
 from scale_dit.optimisers import build_optimiser, check_optimiser, warmup_cosine
 from scale_dit.sampling import add_noise, training_levels
 

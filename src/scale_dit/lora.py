@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from scale_dit.errors import UserError
+from scale_dit.lora_targets import target_modules
 
 ADAPTER = "scale_dit"
 PREFIX = "transformer."
@@ -41,12 +42,14 @@ class LoraSettings:
         alpha: The update is scaled by alpha / rank.
         scope: `guidance`: it acts on the guidance tokens alone (the paper); `all`: on the image pass too (ablation).
         path: File or folder of a trained one, for evaluation and generation; training starts a fresh one.
+        base: Name of the base that it was trained for, of a file by others that does not say so.
     """
 
     rank: int = 16
     alpha: float = 16
     scope: str = "guidance"
     path: str | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -55,28 +58,7 @@ class LoraSettings:
             raise UserError(f"Unknown LoRA scope {self.scope!r}: use one of {', '.join(SCOPES)}.")
 
 
-def target_modules(transformer: FluxTransformer2DModel) -> list[str]:
-    """Full names of the linear layers that get an adapter.
-
-    `x_embedder`; the image side's q, k, v, output and feed-forward of double blocks; q, k, v, MLP and output of single
-    blocks; and of the last block keys and values only, because nothing behind them is read.
-    """
-    double = [f"transformer_blocks.{i}" for i in range(len(transformer.transformer_blocks))]
-    single = [f"single_transformer_blocks.{i}" for i in range(len(transformer.single_transformer_blocks))]
-    last = (single or double)[-1]
-    names = ["x_embedder"]
-    for block in double + single:
-        if block == last:
-            layers: tuple[str, ...] = ("attn.to_k", "attn.to_v")
-        elif block in double:
-            layers = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
-        else:
-            layers = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
-        names += [f"{block}.{layer}" for layer in layers]
-    return names
-
-
-def add_lora(transformer: FluxTransformer2DModel, settings: LoraSettings, name: str = ADAPTER) -> list[nn.Parameter]:
+def add_lora(transformer: Any, settings: LoraSettings, name: str = ADAPTER) -> list[nn.Parameter]:
     """Freeze the transformer and add a fresh LoRA (Gaussian A, zero B) in float32.
 
     Returns:
@@ -85,7 +67,7 @@ def add_lora(transformer: FluxTransformer2DModel, settings: LoraSettings, name: 
     transformer.requires_grad_(False)
     targets = target_modules(transformer)
     transformer.add_adapter(_peft_config(settings, targets), adapter_name=name)
-    _check_count(transformer, name, len(targets))
+    check_count(transformer, name, len(targets))
     # In bfloat16 AdamW's updates of a LoRA would round away.
     cast_training_params(transformer, torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -95,7 +77,12 @@ def _peft_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, init_lora_weights="gaussian", target_modules=targets)
 
 
-def _check_count(transformer: FluxTransformer2DModel, name: str, expected: int) -> None:
+def check_count(transformer: Any, name: str, expected: int) -> None:
+    """Make sure that an adapter sits on as many layers as it should: peft skips names that match none.
+
+    Raises:
+        RuntimeError: It does not.
+    """
     found = sum(name in layer.lora_A for layer in _adapted_layers(transformer) if hasattr(layer, "lora_A"))
     if found != expected:
         raise RuntimeError(f"the LoRA {name!r} should sit on {expected} layers, but sits on {found}")
@@ -122,20 +109,22 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             layer._active_adapter = active
 
 
-def remove_lora(transformer: FluxTransformer2DModel, name: str = ADAPTER) -> None:
+def remove_lora(transformer: Any, name: str = ADAPTER) -> None:
     """Take the LoRA off; if it was the only adapter, the transformer's modules and names are the stock ones again."""
     transformer.delete_adapters(name)
     if not getattr(transformer, "peft_config", None):
         transformer.unload_lora()
 
 
-def lora_state(transformer: FluxTransformer2DModel, name: str = ADAPTER) -> dict[str, Tensor]:
+def lora_state(transformer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
     """The LoRA's tensors by peft's names, such as `x_embedder.lora_A.weight`."""
-    return get_peft_model_state_dict(transformer, adapter_name=name)
+    # peft's own function takes the adapters whose names merely contain this one, too.
+    own = re.compile(rf"\.lora_([AB])\.{re.escape(name)}\.")
+    return {own.sub(r".lora_\1.", key): value for key, value in transformer.state_dict().items() if own.search(key)}
 
 
 def save_lora(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     folder: str | Path,
     settings: LoraSettings,
     record: dict[str, Any],
@@ -175,12 +164,9 @@ def file_digest(path: str | Path) -> str:
     return hashlib.sha256((path / FILE_NAME if path.is_dir() else path).read_bytes()).hexdigest()[:12]
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (without the `transformer.` prefix) and record of a LoRA file, or of the folder that holds one.
-
-    Raises:
-        UserError: Missing, truncated, not a LoRA, or without the record that this project writes.
-    """
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A LoRA file, or the one in a folder, its tensors not read yet."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -189,12 +175,40 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"LoRA file {path} cannot be read ({error}): it is truncated or no safetensors file."
         ) from error
+
+
+def open_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file, or of the folder that holds one, as they are.
+
+    Raises:
+        UserError: Missing or truncated.
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def has_record(path: str | Path) -> bool:
+    """Whether a LoRA file says what it was trained for, as this project's do.
+
+    Raises:
+        UserError: Missing or truncated.
+    """
+    with _opened(path) as file:
+        return OWN_RECORD in (file.metadata() or {})
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (without the `transformer.` prefix) and record of a LoRA file, or of the folder that holds one.
+
+    Raises:
+        UserError: Missing, truncated, not a LoRA, or without the record that this project writes.
+    """
+    tensors, metadata = open_lora(path)
     foreign = [key for key in tensors if not key.startswith(PREFIX) or ".lora_" not in key]
     if foreign or not tensors:
         raise UserError(
@@ -204,7 +218,8 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if OWN_RECORD not in metadata:
         raise UserError(
             f"LoRA file {path} was not written by Scale-DiT training (no '{OWN_RECORD}' record in its metadata), so "
-            f"it cannot be known to which base and scale it belongs. Train one with src/train.py."
+            f"it cannot be known to which base and scale it belongs. Say for which base with lora.base=..., or train "
+            f"one with src/train.py."
         )
     record = json.loads(metadata[OWN_RECORD])
     if lacking := [key for key in RECORD_KEYS if key not in record]:
@@ -231,9 +246,7 @@ def check_record(record: dict[str, Any], base: str, method: dict[str, object]) -
     return [f"the LoRA was trained with {key}={record[key]}, now it is {method[key]}" for key in keys]
 
 
-def load_lora(
-    transformer: FluxTransformer2DModel, path: str | Path, name: str = ADAPTER
-) -> tuple[LoraSettings, dict[str, Any]]:
+def load_lora(transformer: Any, path: str | Path, name: str = ADAPTER) -> tuple[LoraSettings, dict[str, Any]]:
     """Add the LoRA of a file to the transformer, frozen.
 
     Raises:
@@ -252,9 +265,7 @@ def load_lora(
 
 
 @torch.no_grad()
-def load_lora_state(
-    transformer: FluxTransformer2DModel, tensors: dict[str, Tensor], source: str, name: str = ADAPTER
-) -> None:
+def load_lora_state(transformer: Any, tensors: dict[str, Tensor], source: str, name: str = ADAPTER) -> None:
     """Copy tensors named as `lora_state` names them into an adapter that is there already.
 
     Args:

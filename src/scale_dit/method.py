@@ -103,8 +103,8 @@ class Plan:
 
     Attributes:
         layout: Who reads whom, in blocks of even index.
-        image_ids: Rotary ids of the image tokens, `[N, 3]` float32, in memory order.
-        guidance_ids: Rotary ids of the guidance tokens, `[L, 3]` float32, in memory order.
+        image_ids: Time, row and column of the image tokens, `[N, 3]` float32, in memory order.
+        guidance_ids: Time, row and column of the guidance tokens, `[L, 3]` float32, in memory order.
     """
 
     method: Method
@@ -153,8 +153,3 @@ class Plan:
         if self.layout.guidance is None:
             raise ValueError("this plan has no guidance tokens")
         return Layout.for_guidance(self.layout.guidance, self.method.guidance_reach, self.method.order)
-
-    @cached_property
-    def text_ids(self) -> Tensor:
-        """Rotary ids of the text tokens, `[T, 3]`: all zero."""
-        return anchor_positions.text_ids(self.layout.text)

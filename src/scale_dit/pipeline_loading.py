@@ -7,20 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers import DiffusionPipeline
 
 from scale_dit.autoencoder import Decoding
-from scale_dit.lora import ADAPTER, LoraSettings, check_record, load_lora, read_lora, remove_lora
 from scale_dit.method import Method
 from scale_dit.models import load_family
-from scale_dit.models.flux1 import Flux1
+from scale_dit.models.driver import Driver
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.single_file import transformer_of
+from scale_dit.pipeline_adapters import Adapters
 
 log = logging.getLogger(__name__)
 
 
-class LoadedPipeline(DiffusionPipeline):
-    """The components of the base's stock pipeline, unmodified, with the driver over them and, at times, a LoRA."""
+class LoadedPipeline(Adapters, DiffusionPipeline):
+    """The components of the base's stock pipeline, unmodified, with the driver over them and, at times, LoRAs."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"]  # noqa: RUF012
@@ -37,8 +39,10 @@ class LoadedPipeline(DiffusionPipeline):
         tokenizer_2: Any = None,
         image_encoder: Any = None,
         feature_extractor: Any = None,
+        is_distilled: bool = False,
     ):
         super().__init__()
+        self.register_to_config(is_distilled=is_distilled)
         self.register_modules(
             scheduler=scheduler,
             vae=vae,
@@ -52,11 +56,10 @@ class LoadedPipeline(DiffusionPipeline):
         )
         self.method = Method()
         self.decoding = Decoding()
-        self.lora_settings: LoraSettings | None = None
-        self.lora_record: dict[str, Any] = {}
-        self.lora_path: str | None = None
-        self.base: Flux1 = None  # type: ignore[assignment]
-        self.configure(BaseSettings(name=type(transformer).__name__))
+        self._no_adapters()
+        self.base: Driver = None  # type: ignore[assignment]
+        kind = type(transformer).__name__
+        self.configure(BaseSettings.of_kind(kind, kind, is_distilled))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: BaseSettings | None = None, **options: Any) -> Self:
@@ -64,24 +67,29 @@ class LoadedPipeline(DiffusionPipeline):
 
         Args:
             path: Folder or hub id.
-            settings: The base's geometry; by default what stands in its folder, else FLUX.1's.
+            settings: The base's geometry; by default what stands in its folder, else its family's.
             **options: As for every diffusers pipeline, such as `torch_dtype`.
 
         Raises:
             UserError: The weights cannot be had.
         """
         settings = settings or BaseSettings.of(str(path))
-        replace(settings, path=str(path)).check_weights()
+        settings = replace(settings, path=str(path))
+        settings.check_weights()
+        if settings.transformer_file is not None:
+            dtype = options.get("dtype", options.get("torch_dtype")) or torch.float32
+            options |= transformer_of(settings, dtype)
         pipeline = super().from_pretrained(str(path), **options)
         pipeline.configure(settings)
         return pipeline
 
     @classmethod
-    def over(cls, base: Flux1, method: Method) -> Self:
+    def over(cls, base: Driver, method: Method) -> Self:
         """A pipeline over a base that is loaded already, adapters included."""
-        names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "text_encoder_2", "tokenizer_2")
-        pipeline = cls(**{name: base.pipeline.components.get(name) for name in names})
+        components = {name: base.pipeline.components[name] for name in base.parts}
+        pipeline = cls(**components, is_distilled=base.settings.distilled)
         pipeline.base, pipeline.method = base, method
+        pipeline._adopt_adapters()
         return pipeline
 
     def configure(self, settings: BaseSettings, backend: str = "auto") -> None:
@@ -95,26 +103,3 @@ class LoadedPipeline(DiffusionPipeline):
     def settings(self) -> BaseSettings:
         """The base's geometry."""
         return self.base.settings
-
-    def load_lora_weights(self, path: str | Path) -> None:
-        """Load a Scale-DiT LoRA; it acts where its own scope says.
-
-        Raises:
-            UserError: It is missing, broken, foreign, or of another base.
-        """
-        _, record = read_lora(path)
-        method = {key: value for key, value in self.method.summary.items() if key != "scale"}  # a call has its own
-        for difference in check_record(record, self.settings.name, method):
-            log.warning("%s", difference)
-        self.unload_lora_weights()
-        self.lora_settings, self.lora_record = load_lora(self.transformer, path)
-        self.lora_path = str(path)
-        self.base.guidance_adapters = (ADAPTER,)
-        self.base.image_adapters = (ADAPTER,) if self.lora_settings.scope == "all" else ()
-
-    def unload_lora_weights(self) -> None:
-        """Remove the LoRA, also one that the base came with."""
-        if ADAPTER in getattr(self.transformer, "peft_config", {}):
-            remove_lora(self.transformer)
-            self.base.guidance_adapters, self.base.image_adapters = (), ()
-            self.lora_settings, self.lora_record, self.lora_path = None, {}, None

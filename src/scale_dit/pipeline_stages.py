@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.method import Plan
-from scale_dit.models.flux1 import Text
+from scale_dit.models.text import Text
 from scale_dit.pipeline_loading import LoadedPipeline
 from scale_dit.recipe import Recipe
 from scale_dit.sampling import add_noise, upsample_latents
@@ -122,8 +122,7 @@ class StagedPipeline(LoadedPipeline):
     def noise(self, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:
         """Standard normal latents of a plan's picture, one for each generator, drawn on its device."""
         grid = plan.layout.image
-        shape = (1, self.base.latent_channels, 2 * grid.height, 2 * grid.width)
-        noise = [torch.randn(shape, generator=each, device=each.device) for each in generators]
+        noise = [self.base.noise(grid.height, grid.width, each) for each in generators]
         return torch.cat([one.to(self._execution_device) for one in noise])
 
     def _guidance_latents(self, draft_latents: Tensor, plan: Plan) -> Tensor:

@@ -10,8 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from scale_dit.method import Plan
-from scale_dit.models.flux1 import Flux1, Text
+from scale_dit.models.driver import Driver
 from scale_dit.models.flux_attention import KeysValues
+from scale_dit.models.text import Text
 from scale_dit.regions import Region, moved
 from scale_dit.sampling import LowPass, denoise, low_pass_guidance
 
@@ -43,7 +44,7 @@ class Stage:
             side coming back at the other: so no edge stays one, and the picture joins itself.
     """
 
-    base: Flux1
+    base: Driver
     plan: Plan
     text: Text
     negative: Text | None

@@ -6,11 +6,12 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
 
+from scale_dit.models.random_weights import on_meta
+from scale_dit.models.shapes import shape_of
 from scale_dit.planning.components import Components
 
 STUDY = Path(__file__).resolve().parents[2] / "experiments" / "memory"
@@ -29,5 +30,6 @@ def study(name: str) -> ModuleType:
 
 def flux1_dev(blocks: tuple[int, int] = (19, 38)) -> Components:
     """FLUX.1-dev in bfloat16 on `meta`, with so many double and single blocks."""
-    parts: dict[str, Any] = dict(zip(study("random_flux1").CLASSES, study("random_flux1").modules(blocks), strict=True))
+    sizes = {"num_layers": blocks[0], "num_single_layers": blocks[1]}
+    parts = on_meta(shape_of("flux1_dev", "full"), **sizes)
     return Components({name: nn.Module.to(part, torch.bfloat16) for name, part in parts.items()})

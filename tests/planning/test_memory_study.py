@@ -14,6 +14,7 @@ from full_size import STUDY, flux1_dev, study
 from scale_dit.errors import UserError
 from scale_dit.evaluation.figures import read_figures
 from scale_dit.evaluation.quotes import quotes
+from scale_dit.models.random_weights import write_configs
 from scale_dit.planning.components import Components, size_of
 
 WHERE = {"command": "measure", "machine": "a card", "versions": "torch 1", "date": "2026-01-02", "commit": "abc"}
@@ -94,7 +95,7 @@ def test_without_tables_it_says_how_to_make_them(report, tmp_path):
 
 
 def test_a_folder_of_configs_is_enough_for_a_plan(tmp_path):
-    settings = study("random_flux1").write_configs(tmp_path)
+    settings = write_configs("flux1_dev", tmp_path)
     read, built = Components.of(settings, torch.bfloat16), flux1_dev()
     assert {name: size_of(part) for name, part in read.modules.items()} == {
         name: size_of(part) for name, part in built.modules.items()

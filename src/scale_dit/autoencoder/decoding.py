@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
+from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_bytes
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.autoencoder.tiles import tiled_decode
 from scale_dit.errors import UserError
@@ -18,11 +19,11 @@ from scale_dit.errors import UserError
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "whole", "streamed", "host", "tiled")
-WHOLE_PLANES = 4
-"""Largest activations that the untiled decoder holds at a time: the residual, its norm, the activation, the result."""
+BytesNeeded = Callable[[Any, int, int, str], int]
+WHOLE_PIXELS = 2048**2
+"""Largest picture that `auto` decodes untiled on a GPU."""
 SHARE = 0.9
 """Of the free memory that is counted on."""
-BAND_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Decoding:
 
     Args:
         mode: `whole` is the stock decoder; `streamed` the same numbers but for rounding, in bands of rows; `host` the
-            same with all but the bands in the host's memory; `tiled` is cheaper and not exact: tiles with norms'
-            statistics pooled over some of them. `auto` is the first of the first three that fits.
+            same with all but the bands in the host's memory; `tiled` takes as little memory and is not exact: tiles
+            with norms' statistics of some of them. `auto` is the first of the first three that fits.
         tile, overlap: of `tiled`, in px.
         wrap: Which edges join: `none`, `horizontal` or `both`.
 
@@ -58,46 +59,24 @@ class Decoding:
         if self.wrap != "none" and self.mode in ("whole", "tiled"):
             raise UserError(f"decode mode {self.mode!r} cannot join edges (wrap={self.wrap}): use streamed or auto")
 
-    def choice(self, vae: Any, height: int, width: int, free: int | None) -> str:
+    def choice(self, vae: Any, height: int, width: int, free: int | None, needed: BytesNeeded = decode_bytes) -> str:
         """The mode for a picture of `height` x `width` px.
 
         Args:
             free: Bytes of device memory to be had; `None`: as many as are needed.
+            needed: `decode_bytes` or `encode_bytes`.
         """
         if self.mode != "auto":
             return self.mode
-        for mode in ("whole", "streamed") if self.wrap == "none" else ("streamed",):
-            if free is None or decode_bytes(vae, height, width, mode) <= SHARE * free:
+        # Above, the untiled one is slower on a GPU, too.
+        may_be_whole = self.wrap == "none" and (free is None or height * width <= WHOLE_PIXELS)
+        for mode in ("whole", "streamed") if may_be_whole else ("streamed",):
+            if free is None or needed(vae, height, width, mode) <= SHARE * free:
                 return mode
         return "host"
 
 
-def decode_bytes(vae: Any, height: int, width: int, mode: str, tile: int = 1024) -> int:
-    """Bytes of device memory that decoding a picture of `height` x `width` px takes at its peak, beside the weights.
-
-    Args:
-        mode: `whole`, `streamed`, `host` (streamed, planes in the host's memory) or `tiled`.
-    """
-    if mode == "tiled":
-        return decode_bytes(vae, min(height, tile), min(width, tile), "whole")
-    each = torch.finfo(vae.dtype).bits // 8
-    channels = list(reversed(vae.config.block_out_channels))
-    factor = 2 ** (len(channels) - 1)
-    attention = 4 * channels[0] * (height // factor) * (width // factor) * each
-    band = 6 * BAND_ELEMENTS * 4
-    if mode == "host":
-        return attention + band
-    most = 0
-    for level, mine in enumerate(channels):
-        before = channels[max(level - 1, 0)]
-        pixels = (height * 2**level // factor) * (width * 2**level // factor)
-        if mode == "whole":
-            most = max(most, WHOLE_PLANES * before * pixels * each)
-        else:
-            most = max(most, (before + mine) * pixels * each, (before * pixels * 5 // 4) * each)
-    return max(most, attention) + (band if mode == "streamed" else 0)
-
-
+@torch.no_grad()
 def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """A picture from latents `[1, C, h, w]` as the autoencoder takes them, in bands from the top.
 
@@ -142,20 +121,24 @@ def decode(vae: Any, latents: Tensor, how: Decoding | None = None) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, pictures: Tensor, how: Decoding | None = None) -> Tensor:
-    """The posterior's means `[B, C, h, w]` of pictures `[B, 3, H, W]` in [0, 1]; streamed where whole does not fit."""
+    """The posterior's means `[B, C, h, w]` of pictures `[B, 3, H, W]` in [0, 1]; streamed where whole does not fit.
+
+    Pictures may be on the CPU though the autoencoder is not. There are no tiles and no joined edges: `tiled` is
+    `streamed`.
+    """
     how = replace(how or Decoding(), wrap="none")
     device = next(vae.parameters()).device
     count, _, height, width = pictures.shape
-    if how.choice(vae, count * height, width, _free_bytes(device)) == "whole":
+    if how.choice(vae, count * height, width, _free_bytes(device), encode_bytes) == "whole":
         return vae.encode(pictures.to(device, vae.dtype) * 2 - 1).latent_dist.mean
     found = []
     for picture in pictures:
-        mode = how.choice(vae, height, width, _free_bytes(device))
+        mode = how.choice(vae, height, width, _free_bytes(device), encode_bytes)
         scaled = picture[None].to(vae.dtype) * 2 - 1
         if mode == "whole":
             found.append(vae.encode(scaled.to(device)).latent_dist.mean)
             continue
-        log.info("encoding %d x %d px: %s", width, height, mode)
+        log.info("encoding %d x %d px: %s", width, height, "streamed" if mode == "tiled" else mode)
         found.append(streamed_encode(vae, scaled, _streaming(device, mode, "none")))
     return torch.cat(found)
 

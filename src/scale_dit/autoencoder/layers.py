@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_dit.autoencoder.planes import Plane
+from scale_dit.autoencoder.planes import Plane, Source
 from scale_dit.autoencoder.streaming import Streaming
 
 
@@ -18,16 +18,25 @@ def streamed_decode(vae: Any, latents: Tensor, streaming: Streaming) -> Iterator
     Yields:
         First row and `[1, 3, rows, W]` of one band of the picture after the other, from the top.
     """
-    decoder = vae.decoder
-    plane = Plane.of(latents.to(streaming.compute, vae.dtype), streaming.store, streaming.compute)
+    yield from enlarge(vae, middle(vae, latents, streaming), streaming)
+
+
+def middle(vae: Any, latents: Tensor, streaming: Streaming) -> Plane:
+    """The decoder's layers at the latents' size, the attention layer among them."""
+    plane: Source = Plane.of(latents.to(vae.dtype), streaming.store, streaming.compute)
     if getattr(vae, "post_quant_conv", None) is not None:
         plane = streaming.convolve(plane, vae.post_quant_conv)
-    plane = _middle(streaming.convolve(plane, decoder.conv_in), decoder.mid_block, streaming)
+    return _middle(streaming.convolve(plane, vae.decoder.conv_in), vae.decoder.mid_block, streaming)
+
+
+def enlarge(vae: Any, plane: Source, streaming: Streaming) -> Iterator[tuple[int, Tensor]]:
+    """The decoder's other layers; yields as `streamed_decode`."""
+    decoder = vae.decoder
     for number, block in enumerate(decoder.up_blocks):
         for index, resnet in enumerate(block.resnets):
             plane = streaming.residual(plane, resnet, f"up.{number}.{index}")
         for upsampler in block.upsamplers or ():
-            plane = streaming.convolve(plane, upsampler.conv, enlarge=True)
+            plane = streaming.enlarge(plane, upsampler.conv)
     before = streaming.norm(plane, decoder.conv_norm_out, "out", decoder.conv_act)
     yield from streaming.convolved(plane, decoder.conv_out, before)
 
@@ -35,7 +44,7 @@ def streamed_decode(vae: Any, latents: Tensor, streaming: Streaming) -> Iterator
 def streamed_encode(vae: Any, picture: Tensor, streaming: Streaming) -> Tensor:
     """The posterior's mean `[1, C, h, w]` of a picture `[1, 3, H, W]` in [-1, 1]."""
     encoder = vae.encoder
-    plane = Plane.of(picture.to(vae.dtype), streaming.store, streaming.compute)
+    plane: Source = Plane.of(picture.to(vae.dtype), streaming.store, streaming.compute)
     plane = streaming.convolve(plane, encoder.conv_in)
     for number, block in enumerate(encoder.down_blocks):
         for index, resnet in enumerate(block.resnets):
@@ -50,8 +59,8 @@ def streamed_encode(vae: Any, picture: Tensor, streaming: Streaming) -> Tensor:
     return moments.chunk(2, dim=1)[0]
 
 
-def _middle(plane: Plane, block: Any, streaming: Streaming) -> Plane:
-    plane = streaming.residual(plane, block.resnets[0], "mid.0")
+def _middle(before: Source, block: Any, streaming: Streaming) -> Plane:
+    plane = streaming.residual(before, block.resnets[0], "mid.0")
     for index, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:], strict=True)):
         if attention is not None:
             plane = streaming.attention(plane, attention, f"mid.attention.{index}")

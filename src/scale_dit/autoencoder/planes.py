@@ -1,63 +1,82 @@
-"""Activations too large to be worked on at once: kept where there is room, read and written in bands of rows."""
+"""Activations too large to be worked on at once: kept where there is room or computed anew, in bands of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
-class Plane:
-    """An activation `[1, C, H, W]`.
+class Source(ABC):
+    """An activation `[B, C, H, W]` that is read in bands of rows.
 
     Args:
-        channels, height, width: its sizes.
+        shape: B, C, H, W; B is 1 but for tiles whose norms have their statistics in common.
         dtype: its dtype.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.batch, self.channels, self.height, self.width = shape
+        self.dtype = dtype
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` where they are worked on, `[B, C, stop - start, W]`; rows outside come in at the
+        other side."""
+
+
+class Computed(Source):
+    """An activation that is kept nowhere: rows are computed whenever they are read.
+
+    Args:
+        compute_rows: `Source.rows`.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, compute_rows: Callable[[int, int], Tensor]) -> None:
+        super().__init__(shape, dtype)
+        self.compute_rows = compute_rows
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See `Source.rows`."""
+        return self.compute_rows(start, stop)
+
+
+class Plane(Source):
+    """An activation that is kept, row by row, so that a band is one piece of memory and is copied as one.
+
+    Args:
         store: where it is kept.
         compute: where bands of it are worked on.
     """
 
-    def __init__(
-        self, channels: int, height: int, width: int, dtype: torch.dtype, store: torch.device, compute: torch.device
-    ) -> None:
-        self.values = torch.empty(1, channels, height, width, dtype=dtype, device=store)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, store: torch.device, compute: torch.device) -> None:
+        super().__init__(shape, dtype)
+        self.values = torch.empty(self.height, self.batch, self.channels, self.width, dtype=dtype, device=store)
         self.compute = compute
 
     @classmethod
     def of(cls, values: Tensor, store: torch.device, compute: torch.device) -> Plane:
-        """A plane of these values."""
-        _, channels, height, width = values.shape
-        plane = cls(channels, height, width, values.dtype, store, compute)
-        plane.values.copy_(values)
+        """A plane of these values `[B, C, H, W]`."""
+        plane = cls(values.shape, values.dtype, store, compute)
+        plane.write(0, values)
         return plane
 
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.values.shape[1]
-
-    @property
-    def height(self) -> int:
-        """H."""
-        return self.values.shape[2]
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return self.values.shape[3]
-
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` where they are worked on, `[1, C, stop - start, W]`; rows outside come in at the
-        other side."""
+        """See `Source.rows`."""
         if start >= 0 and stop <= self.height:
-            return self.values[:, :, start:stop].to(self.compute)
-        places = torch.arange(start, stop, device=self.values.device) % self.height
-        return self.values[:, :, places].to(self.compute)
+            found = self.values[start:stop]
+        else:
+            found = self.values[torch.arange(start, stop, device=self.values.device) % self.height]
+        return found.to(self.compute).permute(1, 2, 0, 3)
 
     def write(self, start: int, band: Tensor) -> None:
-        """Put a band in its place."""
-        self.values[:, :, start : start + band.shape[2]] = band.to(self.values.device, self.values.dtype)
+        """Put a band `[B, C, rows, W]` in its place."""
+        by_row = band.permute(2, 0, 1, 3).to(self.dtype)
+        if self.values.device != band.device:
+            by_row = by_row.contiguous()  # one copy over the bus, not one for every row of every channel
+        self.values[start : start + len(by_row)].copy_(by_row)
 
 
 def bands(height: int, row_elements: int, band_elements: int) -> Iterator[tuple[int, int]]:

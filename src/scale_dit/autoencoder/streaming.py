@@ -7,20 +7,21 @@ So a norm goes over its input once for the statistics, and they are applied wher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scale_dit.autoencoder.planes import Plane, bands
+from scale_dit.autoencoder.attention import SCORE_BYTES, attend_all
+from scale_dit.autoencoder.planes import Computed, Plane, Source, bands
 
 Apply = Callable[[Tensor], Tensor]
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-"""Kernels that never hold all scores at once."""
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Mean and variance of the groups of every norm, float64 `[groups]`, by its name."""
+Region = tuple[Fraction, Fraction, Fraction, Fraction]
 
 
 @dataclass
@@ -32,8 +33,10 @@ class Streaming:
         store: where planes are kept.
         band_elements: elements of a band's widest activation.
         wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
-        statistics: mean and variance of the groups of every norm, by its name; what is there is used, what is not
-            there is measured and kept there.
+        regions: first and last + 1 row and column that count for statistics, for each of the batch, as shares of its
+            sides; `None`: everything.
+        score_bytes: of the attention layer's scores that are held at a time.
+        statistics: what is there is used, what is not there is measured and kept there.
     """
 
     compute: torch.device
@@ -41,9 +44,11 @@ class Streaming:
     band_elements: int = 2**26
     wrap_columns: bool = False
     wrap_rows: bool = False
-    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    score_bytes: int = SCORE_BYTES
+    regions: tuple[Region, ...] | None = None
+    statistics: Statistics = field(default_factory=dict)
 
-    def norm(self, source: Plane, norm: nn.GroupNorm, name: str, activation: Apply | None = None) -> Apply:
+    def norm(self, source: Source, norm: nn.GroupNorm, name: str, activation: Apply | None = None) -> Apply:
         """The group norm of a plane, and what comes behind it, as a function of its bands."""
         if name not in self.statistics:
             self.statistics[name] = self._measure(source, norm.num_groups)
@@ -61,12 +66,14 @@ class Streaming:
 
         return apply
 
-    def _measure(self, source: Plane, groups: int) -> tuple[Tensor, Tensor]:
+    def _measure(self, source: Source, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of each group, float64 `[groups]`: sums of every band about the first band's mean."""
         count, first = 0, None
         total = squares = torch.zeros(groups, dtype=torch.float64, device=self.compute)
-        for start, stop in bands(source.height, source.channels * source.width, self.band_elements):
-            band = source.rows(start, stop).float().reshape(groups, -1)
+        for start, stop in bands(source.height, source.batch * source.channels * source.width, self.band_elements):
+            band = self._measured(source, start, stop, groups)
+            if band.shape[1] == 0:
+                continue
             if first is None:
                 first = band.mean(1, keepdim=True)
             centred = band - first
@@ -77,14 +84,25 @@ class Streaming:
         shift = total / count
         return first[:, 0].double() + shift, (squares / count - shift.square()).clamp_min(0)
 
+    def _measured(self, source: Source, start: int, stop: int, groups: int) -> Tensor:
+        """What counts for the statistics in rows `start` to `stop`, float32 `[groups, n]`."""
+        band = source.rows(start, stop).float().transpose(0, 1)
+        if self.regions is None:
+            return band.reshape(groups, -1)
+        parts = []
+        for index, (top, bottom, left, right) in enumerate(self.regions):
+            first, last = (min(max(int(edge * source.height) - start, 0), stop - start) for edge in (top, bottom))
+            columns = slice(int(left * source.width), int(right * source.width))
+            parts.append(band[:, index, first:last, columns].reshape(groups, -1))
+        return torch.cat(parts, dim=1)
+
     def convolve(
         self,
-        source: Plane,
+        source: Source,
         layer: nn.Conv2d,
         before: Apply | None = None,
         after: Callable[[Tensor, int, int], Tensor] | None = None,
         in_place: bool = False,
-        enlarge: bool = False,
         ends_only: bool = False,
     ) -> Plane:
         """A convolution of a plane.
@@ -93,64 +111,79 @@ class Streaming:
             before: what is done with the source first.
             after: what is done with a band of the result, given its first and last + 1 row.
             in_place: write the result over the source, which has as many channels.
-            enlarge: repeat every pixel of the source twice along both axes first.
             ends_only: pad with zeros at the right and at the bottom alone, as downsampling layers do.
         """
+        height, width = source.height, source.width
         if ends_only:
-            height, width = source.height // layer.stride[0], source.width // layer.stride[1]
+            height, width = height // layer.stride[0], width // layer.stride[1]
+        if in_place and isinstance(source, Plane) and not self.wrap_rows:  # where the last band reads the first row
+            target = source
         else:
-            height, width = source.height * (1 + enlarge), source.width * (1 + enlarge)
-        in_place = in_place and not self.wrap_rows  # where the last band reads the first row
-        target = source if in_place else self._plane(layer.out_channels, height, width, source.values.dtype)
+            shape = (source.batch, layer.out_channels, height, width)
+            target = Plane(shape, source.dtype, self.store, self.compute)
         kept: tuple[int, Tensor] | None = None
-        wide = max(layer.in_channels, layer.out_channels) * width
+        wide = source.batch * max(layer.in_channels, layer.out_channels) * width
         for start, stop in bands(height, wide, self.band_elements):
-            read = self._read(source, layer, start, stop, before, enlarge, ends_only, kept)
+            read = self._read(source, layer, start, stop, before, ends_only, kept)
             result = functional.conv2d(read, layer.weight, layer.bias, layer.stride)
             if after is not None:
                 result = after(result, start, stop)
-            if in_place:  # the next band needs this row as it was
+            if target is source:  # the next band needs this row as it was
                 kept = stop - 1, source.rows(stop - 1, stop).clone()
             target.write(start, result)
         return target
 
-    def convolved(self, source: Plane, layer: nn.Conv2d, before: Apply) -> Iterator[tuple[int, Tensor]]:
+    def convolved(self, source: Source, layer: nn.Conv2d, before: Apply) -> Iterator[tuple[int, Tensor]]:
         """First row and band of a convolution's result, one after the other, kept nowhere."""
-        for start, stop in bands(source.height, layer.in_channels * source.width, self.band_elements):
+        for start, stop in bands(source.height, source.batch * layer.in_channels * source.width, self.band_elements):
             read = self._read(source, layer, start, stop, before)
             yield start, functional.conv2d(read, layer.weight, layer.bias)
 
     def _read(
         self,
-        source: Plane,
+        source: Source,
         layer: nn.Conv2d,
         start: int,
         stop: int,
         before: Apply | None,
-        enlarge: bool = False,
         ends_only: bool = False,
         kept: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """What a convolution reads for rows `start` to `stop` of its result, padded."""
         around = 0 if ends_only else layer.kernel_size[0] // 2
         first, last = start * layer.stride[0] - around, (stop - 1) * layer.stride[0] - around + layer.kernel_size[0]
-        height = source.height * (1 + enlarge)
-        above, below = (0, 0) if self.wrap_rows else (max(0, -first), max(0, last - height))
+        above, below = (0, 0) if self.wrap_rows else (max(0, -first), max(0, last - source.height))
         first, last = first + above, last - below
-        band = source.rows(first // 2, -(-last // 2)) if enlarge else source.rows(first, last)
+        band = source.rows(first, last)
         if kept is not None and first <= kept[0]:
             band = torch.cat([kept[1], band[:, :, kept[0] - first + 1 :]], dim=2)
         if before is not None:
             band = before(band)
-        if enlarge:
-            band = band.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, first % 2 : first % 2 + last - first]
         sides = (0, 1) if ends_only else (around, around)
         if self.wrap_columns and max(sides):
             band = functional.pad(band, (*sides, 0, 0), mode="circular")
             sides = (0, 0)
         return functional.pad(band, (*sides, above, below))
 
-    def residual(self, source: Plane, block: Any, name: str) -> Plane:
+    def enlarge(self, source: Source, layer: nn.Conv2d) -> Source:
+        """Every pixel twice along both axes, then a convolution: computed whenever rows are read, kept nowhere.
+
+        It would be the largest activation of all; three readings cost less than the memory.
+        """
+
+        def repeated(start: int, stop: int) -> Tensor:
+            band = source.rows(start // 2, -(-stop // 2)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+            return band[:, :, start % 2 : start % 2 + stop - start]
+
+        sides = (2 * source.height, 2 * source.width)
+        twice = Computed((source.batch, source.channels, *sides), source.dtype, repeated)
+
+        def convolved(start: int, stop: int) -> Tensor:
+            return functional.conv2d(self._read(twice, layer, start, stop, None), layer.weight, layer.bias)
+
+        return Computed((source.batch, layer.out_channels, *sides), source.dtype, convolved)
+
+    def residual(self, source: Source, block: Any, name: str) -> Plane:
         """diffusers' `ResnetBlock2D` without a time embedding; the source is not needed any more."""
         hidden = self.convolve(source, block.conv1, self.norm(source, block.norm1, f"{name}.norm1", block.nonlinearity))
 
@@ -175,17 +208,12 @@ class Streaming:
             ]
             parts.append(torch.cat(pieces, 1).unflatten(-1, (layer.heads, -1)).transpose(1, 2))
         query, key, value = parts
-        kernels = sdpa_kernel(FUSED) if self.compute.type == "cuda" else nullcontext()
         for start, stop in bands(source.height, row, self.band_elements // 4):
-            with kernels:
-                mine = query[:, :, start * source.width : stop * source.width]
-                band = functional.scaled_dot_product_attention(mine, key, value)
+            mine = query[:, :, start * source.width : stop * source.width]
+            band = attend_all(mine, key, value, self.score_bytes)
             band = layer.to_out[0](band.transpose(1, 2).flatten(2)).transpose(1, 2)
             straight = source.rows(start, stop)
             if layer.residual_connection:
                 band = band.unflatten(2, straight.shape[2:]) + straight
             source.write(start, band / layer.rescale_output_factor)
         return source
-
-    def _plane(self, channels: int, height: int, width: int, dtype: torch.dtype) -> Plane:
-        return Plane(channels, height, width, dtype, self.store, self.compute)

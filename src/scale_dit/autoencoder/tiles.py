@@ -1,47 +1,36 @@
-"""Decoding in overlapping tiles whose norms share statistics: cheaper than exact, and without steps in colour.
+"""Decoding in overlapping tiles whose norms share statistics: little memory, and no steps from tile to tile.
 
-A tile with statistics of its own is brighter or greyer than its neighbours. Here all tiles have the same ones, pooled
-over some of them; what is left is that each of those was decoded with its own, and that the middle attention layer sees
-a tile and not everything.
+A tile with statistics of its own is brighter or greyer than its neighbours, and one with an attention layer of its own
+sees other things. Here the layers at the latents' size, the attention layer among them, run over the whole, exactly.
+Behind them are convolutions, which reach a known number of pixels: what a tile's edge spoils is not used where the
+overlap allows it. All tiles have the same statistics; that those are of some tiles, not of all, is the error that is
+left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
-from typing import Any
+from fractions import Fraction
+from itertools import pairwise, product
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from scale_dit.autoencoder.layers import streamed_decode
-from scale_dit.autoencoder.streaming import Streaming
+from scale_dit.autoencoder.layers import enlarge, middle
+from scale_dit.autoencoder.memory import SAMPLED
+from scale_dit.autoencoder.planes import Plane
+from scale_dit.autoencoder.streaming import Statistics, Streaming
 
-SAMPLED = 3
-"""Tiles along either side whose statistics are pooled."""
-
-
-def shared_statistics(vae: Any, tiles: Sequence[Tensor], streaming: Streaming) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of every norm's groups over some tiles `[1, C, h, w]`, each decoded with its own."""
-    found = []
-    for tile in tiles:
-        measured = replace(streaming, statistics={})
-        for _ in streamed_decode(vae, tile, measured):
-            pass
-        found.append(measured.statistics)
-    pooled = {}
-    for name in found[0]:
-        means, variances = (torch.stack([each[name][part] for each in found]) for part in (0, 1))
-        mean = means.mean(0)
-        pooled[name] = mean, (variances + means.square()).mean(0) - mean.square()
-    return pooled
+Tile = TypeVar("Tile")
 
 
 def tiled_decode(
     vae: Any, latents: Tensor, tile: int, overlap: int, streaming: Streaming
 ) -> Iterator[tuple[int, Tensor]]:
-    """Decode latents tile by tile, overlaps blended linearly.
+    """Decode latents tile by tile.
 
     Args:
         latents: `[1, C, h, w]`, as the autoencoder takes them.
@@ -50,31 +39,64 @@ def tiled_decode(
     Yields:
         First row and `[1, 3, rows, W]` float32 on the CPU of one band after the other.
     """
-    height, width = latents.shape[-2:]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    tops, lefts = (list(_starts(side, tile, overlap)) for side in (height, width))
-    sample = [
-        latents[:, :, top : top + tile, left : left + tile] for top, left in product(_spread(tops), _spread(lefts))
+    whole = middle(vae, latents, streaming)
+    statistics = shared_statistics(vae, whole, tile, overlap, streaming)
+    yield from join_tiles(vae, whole, tile, overlap, replace(streaming, statistics=statistics))
+
+
+def shared_statistics(vae: Any, whole: Plane, tile: int, overlap: int, streaming: Streaming) -> Statistics:
+    """Statistics of every norm behind the middle, over some tiles that go through the layers together.
+
+    Of each counts what lies between the middles of its overlaps, so that nothing counts twice.
+    """
+    sides = [
+        list(zip(_starts(side, tile, overlap), _own(side, tile, overlap), strict=True))
+        for side in (whole.height, whole.width)
     ]
-    shared = replace(streaming, statistics=shared_statistics(vae, sample, streaming))
+    chosen = list(product(*map(_spread, sides)))
+    tiles = torch.cat([_cut(whole, tile, top, left) for (top, _), (left, _) in chosen])
+    regions = tuple((*down, *across) for (_, down), (_, across) in chosen)
+    measured = replace(streaming, statistics={}, regions=regions)
+    for _ in enlarge(vae, Plane.of(tiles, streaming.store, streaming.compute), measured):
+        pass
+    return measured.statistics
+
+
+def join_tiles(vae: Any, whole: Plane, tile: int, overlap: int, streaming: Streaming) -> Iterator[tuple[int, Tensor]]:
+    """Enlarge the middle of the decoder tile by tile; see `tiled_decode`.
+
+    Args:
+        streaming: With the statistics of every norm.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    margin = min(reach(vae), overlap // 2)
+    tops, lefts = (_starts(side, tile, overlap) for side in (whole.height, whole.width))
     below: tuple[Tensor, Tensor] | None = None
     for place, top in enumerate(tops):
-        rows = min(tile, height - top) * factor
-        band, weight = torch.zeros(1, 3, rows, width * factor), torch.zeros(rows, width * factor)
+        down = _weights(top, min(tile, whole.height), whole.height, overlap, margin, factor)
+        band, weight = torch.zeros(1, 3, len(down), whole.width * factor), torch.zeros(len(down), whole.width * factor)
         for left in lefts:
-            part = latents[:, :, top : top + tile, left : left + tile]
-            picture = torch.cat([each.float().cpu() for _, each in streamed_decode(vae, part, shared)], dim=2)
-            ramp = _ramp(picture.shape[2], overlap * factor)[:, None] * _ramp(picture.shape[3], overlap * factor)
-            columns = slice(left * factor, left * factor + picture.shape[3])
-            band[..., columns] += picture * ramp
-            weight[:, columns] += ramp
+            across = _weights(left, min(tile, whole.width), whole.width, overlap, margin, factor)
+            part = Plane.of(_cut(whole, tile, top, left), streaming.store, streaming.compute)
+            picture = torch.cat([each.float().cpu() for _, each in enlarge(vae, part, streaming)], dim=2)
+            columns = slice(left * factor, left * factor + len(across))
+            band[..., columns] += picture * (down[:, None] * across)
+            weight[:, columns] += down[:, None] * across
         if below is not None:
-            shared_rows = below[0].shape[2]
-            band[:, :, :shared_rows] += below[0]
-            weight[:shared_rows] += below[1]
-        done = (tops[place + 1] - top) * factor if place + 1 < len(tops) else rows
+            rows = below[0].shape[2]
+            band[:, :, :rows] += below[0]
+            weight[:rows] += below[1]
+        done = (tops[place + 1] - top) * factor if place + 1 < len(tops) else len(down)
         yield top * factor, band[:, :, :done] / weight[:done]
         below = band[:, :, done:], weight[done:]
+
+
+def reach(vae: Any) -> int:
+    """How far the layers behind the middle see, in latent pixels: 13 for FLUX.1."""
+    convolutions = 2 * (vae.config.layers_per_block + 1)  # of the residual blocks of a level
+    levels = len(vae.config.block_out_channels)
+    seen = sum((convolutions + (level > 0)) / 2**level for level in range(levels)) + 1 / 2 ** (levels - 1)
+    return math.ceil(seen)
 
 
 def seam_score(picture: Tensor, borders: list[int], reach: int = 2) -> float:
@@ -93,25 +115,41 @@ def seam_score(picture: Tensor, borders: list[int], reach: int = 2) -> float:
     return float(steps[at_border].mean() / steps[~at_border].mean())
 
 
-def _starts(length: int, tile: int, overlap: int) -> Iterator[int]:
+def _cut(whole: Plane, tile: int, top: int, left: int) -> Tensor:
+    return whole.rows(top, min(top + tile, whole.height))[..., left : left + tile]
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
     """First latent pixel of each tile along one side; the last tile ends with the side."""
-    start = 0
-    while start + tile < length:
-        yield start
-        start += tile - overlap
-    yield max(0, length - tile)
+    last = max(0, length - tile)
+    return [*range(0, last, tile - overlap), last]
 
 
-def _spread(starts: list[int]) -> list[int]:
-    """At most `SAMPLED` of the starts, the first and the last among them."""
-    if len(starts) <= SAMPLED:
-        return starts
-    return [starts[round(place * (len(starts) - 1) / (SAMPLED - 1))] for place in range(SAMPLED)]
+def _own(length: int, tile: int, overlap: int) -> list[tuple[Fraction, Fraction]]:
+    """What is each tile's own: from the middle of one overlap to that of the next, as shares of the tile."""
+    starts, size = _starts(length, tile, overlap), min(tile, length)
+    middles = [(one + size + following) // 2 for one, following in pairwise(starts)]
+    borders = zip(starts, [0, *middles], [*middles, length], strict=True)
+    return [(Fraction(first - start, size), Fraction(last - start, size)) for start, first, last in borders]
 
 
-def _ramp(length: int, overlap: int) -> Tensor:
-    """Blending weight along one side of a tile: rises over the overlap, then stays, then falls; never zero."""
-    if overlap == 0:
-        return torch.ones(length)
-    place = torch.arange(length)
-    return torch.minimum(place + 1, length - place).clamp(max=overlap).float() / overlap
+def _spread(tiles: list[Tile]) -> list[Tile]:
+    """At most `SAMPLED` of the tiles, the first and the last among them."""
+    if len(tiles) <= SAMPLED:
+        return tiles
+    return [tiles[round(place * (len(tiles) - 1) / (SAMPLED - 1))] for place in range(SAMPLED)]
+
+
+def _weights(start: int, tile: int, length: int, overlap: int, margin: int, factor: int) -> Tensor:
+    """Weight in the blend of each pixel along one side of a tile.
+
+    It is 0 over the margin, rises over what is left of the overlap, and falls likewise; at the picture's edges it is 1.
+    """
+    place = torch.arange(tile * factor, dtype=torch.float32)
+    blended = (overlap - 2 * margin) * factor + 1
+    weights = torch.ones_like(place)
+    if start > 0:
+        weights *= ((place - margin * factor + 1) / blended).clamp(0, 1)
+    if start + tile < length:
+        weights *= ((place.flip(0) - margin * factor + 1) / blended).clamp(0, 1)
+    return weights

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Layer = Callable[[Tensor], Tensor]
+Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
 
 
 @contextmanager
@@ -71,18 +72,23 @@ def _hand_on(hidden: Tensor) -> Tensor:
 
 
 def _by_parts(forward: Layer, tokens: int) -> Layer:
-    """`forward` over `[B, S, C]`, at most `tokens` of S at a time, into one tensor that is made once."""
+    """`forward` over `[B, S, C]`, at most `tokens` of S at a time."""
+    return lambda hidden: in_parts(lambda part: (forward(part),), tokens, hidden)[0]
 
-    def run(hidden: Tensor) -> Tensor:
-        if hidden.shape[1] <= tokens:
-            return forward(hidden)
-        output: Tensor | None = None
-        for first in range(0, hidden.shape[1], tokens):
-            part = forward(hidden[:, first : first + tokens])
-            if output is None:
-                output = part.new_empty(*hidden.shape[:-1], part.shape[-1])
+
+def in_parts(forward: Callable[..., Outputs], tokens: int | None, *inputs: Tensor) -> Outputs:
+    """`forward` over tensors `[B, S, C]`, at most `tokens` of S at a time, into tensors that are made once.
+
+    `None` and 0 are all at once, as it is with gradients.
+    """
+    length = inputs[0].shape[1]
+    if not tokens or torch.is_grad_enabled() or length <= tokens:
+        return forward(*inputs)
+    outputs: Any = None
+    for first in range(0, length, tokens):
+        parts = forward(*(each[:, first : first + tokens] for each in inputs))
+        if outputs is None:
+            outputs = tuple(part.new_empty(len(part), length, *part.shape[2:]) for part in parts)
+        for output, part in zip(outputs, parts, strict=True):
             output[:, first : first + part.shape[1]] = part
-        assert output is not None
-        return output
-
-    return run
+    return outputs

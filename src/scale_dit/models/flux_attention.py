@@ -1,4 +1,4 @@
-"""Attention of FLUX.1's blocks over text, image and guidance tokens, as a processor of diffusers' own modules."""
+"""Attention of FLUX's blocks over text, image and guidance tokens, as a processor of diffusers' own modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from scale_dit_kernels.rotation import norm_rotate
 from torch import Tensor, nn
 
@@ -29,22 +29,33 @@ class BlockAttention:
         guidance: Keys and values of this block's guidance tokens.
         recorded: Filled with this block's image keys and values, if given; not again when the block is recomputed in
             the backward pass, whose graph the keys would keep alive.
+        feed_forward_tokens: Tokens that go through a layer at a time which attention and feed-forward share.
     """
 
     layout: Layout
     backend: str = "auto"
     guidance: KeysValues | None = None
     recorded: list[KeysValues] | None = field(default=None, compare=False)
+    feed_forward_tokens: int | None = None
+
+    def record(self, image: QueryKeyValue) -> None:
+        """Keep the image's keys and values, if they are asked for."""
+        if self.recorded == []:
+            self.recorded.append((image[1], image[2]))
 
 
 class LayoutAttnProcessor:
-    """Attention over text, image and guidance segments; without `block_attention` it is the stock processor."""
+    """Attention over text, image and guidance segments; without `block_attention` it is the stock processor.
+
+    Args:
+        stock: The processor that diffusers gives these blocks.
+    """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self) -> None:
-        self.stock = FluxAttnProcessor()
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
 
     def __call__(
         self,
@@ -55,7 +66,7 @@ class LayoutAttnProcessor:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         block_attention: BlockAttention | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The signature that `FluxAttention` calls; `[B, S, C]` in and out."""
+        """The signature that `FluxAttention` and `Flux2Attention` call; `[B, S, C]` in and out."""
         if block_attention is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if image_rotary_emb is None:
@@ -66,8 +77,7 @@ class LayoutAttnProcessor:
         )
         fused = fuses(backend)
         text, image = _text_and_image(attn, hidden_states, encoder_hidden_states, image_rotary_emb, length, fused)
-        if block_attention.recorded == []:
-            block_attention.recorded.append((image[1], image[2]))
+        block_attention.record(image)
         streams = text, image, block_attention.guidance
         if encoder_hidden_states is None:
             return attend_joined(*streams, block_attention.layout, backend).flatten(2)
@@ -88,11 +98,7 @@ def _text_and_image(
     if length == 0:
         return None, project(attn, hidden, rotary, fused)
     if text_hidden is None:
-        query, key, value = project(attn, hidden, rotary, fused)
-        return (
-            (query[:, :length], key[:, :length], value[:, :length]),
-            (query[:, length:], key[:, length:], value[:, length:]),
-        )
+        return split_text(project(attn, hidden, rotary, fused), length)
     cosine, sine = rotary
     text = project_text(attn, text_hidden, (cosine[:length], sine[:length]), fused)
     return text, project(attn, hidden, (cosine[length:], sine[length:]), fused)
@@ -111,13 +117,15 @@ def project(attn: FluxAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], 
     return query, key, attn.to_v(hidden).unflatten(-1, (-1, attn.head_dim))
 
 
-def block_keys_values(
-    block: Any, hidden: Tensor, embedding: Tensor, rotary: tuple[Tensor, Tensor], fused: bool
-) -> KeysValues:
-    """Keys and values of a block without the rest of it: nothing behind the last block's keys and values is needed."""
-    norm = block.norm1 if hasattr(block, "norm1") else block.norm
-    _, key, value = project(block.attn, norm(hidden, emb=embedding)[0], rotary, fused)
-    return key, value
+def split_text(joined: QueryKeyValue, length: int) -> tuple[QueryKeyValue | None, QueryKeyValue]:
+    """Text and image of a sequence with `length` text tokens in front."""
+    if length == 0:
+        return None, joined
+    query, key, value = joined
+    return (
+        (query[:, :length], key[:, :length], value[:, :length]),
+        (query[:, length:], key[:, length:], value[:, length:]),
+    )
 
 
 def project_text(attn: FluxAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], fused: bool) -> QueryKeyValue:

@@ -6,10 +6,23 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from scale_dit.errors import UserError
 
 SETTINGS_FILE = "scale_dit.json"
+NAMES = {
+    "FLUX.1-dev": "flux1_dev",
+    "FLUX.1-schnell": "flux1_schnell",
+    "FLUX.2-klein-4B": "klein_4b",
+    "FLUX.2-klein-9B": "klein_9b",
+    "FLUX.2-klein-base-4B": "klein_base_4b",
+    "FLUX.2-klein-base-9B": "klein_base_9b",
+}
+"""The last part of a hub id -> the base's name in `configs/base`."""
+KLEIN = {"family": "scale_dit.models.flux2.Flux2Klein"}
+KLEIN_DISTILLED = KLEIN | {"shift": 9.9, "guidance_scale": 1.0, "steps": 4}
+KLEIN_BASE = KLEIN | {"shift": 7.6, "guidance_scale": 4.0, "steps": 50, "distilled": False}
 
 
 def check_guidance_scale(name: str, value: object) -> None:
@@ -43,6 +56,7 @@ class BaseSettings:
         distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
         steps: Default steps of the draft and of the refinement.
         lora: The LoRA that evaluation and generation use unless they are told otherwise.
+        transformer_file: A `.safetensors` file of the transformer, to use instead of the one in `path`.
     """
 
     name: str
@@ -61,6 +75,7 @@ class BaseSettings:
     distilled: bool = True
     steps: int = 28
     lora: str | None = None
+    transformer_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("training_shift", "training_spread"):
@@ -85,24 +100,46 @@ class BaseSettings:
 
     def save(self, folder: str | Path) -> None:
         """Write the settings beside a base's weights, so that a pipeline can be loaded from the folder alone."""
-        record = asdict(self) | {"path": "", "lora": None}
+        record = asdict(self) | {"path": "", "lora": None, "transformer_file": None}
         (Path(folder) / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def of(cls, path: str) -> BaseSettings:
-        """The settings beside the weights in `path`; without such a file, those of FLUX.1."""
+        """The settings beside the weights in `path`; without such a file, those of the family that they are of.
+
+        Raises:
+            UserError: The weights cannot be had.
+        """
         record_path = Path(path) / SETTINGS_FILE
         if record_path.is_file():
             return cls(**json.loads(record_path.read_text()) | {"path": str(path)})
-        return cls(name=Path(path).name, path=str(path))
+        name = NAMES.get(Path(path).name, Path(path).name)
+        cls(name=name, path=path).check_weights()
+        from diffusers import DiffusionPipeline
+
+        index = DiffusionPipeline.load_config(path)
+        return cls.of_kind(index["transformer"][1], name, bool(index.get("is_distilled")), str(path))
+
+    @classmethod
+    def of_kind(cls, kind: str, name: str, distilled: bool, path: str = "") -> BaseSettings:
+        """The settings of a family, by the class of its transformer in diffusers.
+
+        Args:
+            distilled: Without classifier-free guidance, where a family has both.
+        """
+        klein: dict[str, Any] = KLEIN_DISTILLED if distilled else KLEIN_BASE
+        return cls(name=name, path=path, **(klein if kind == "Flux2Transformer2DModel" else {}))
 
     def check_weights(self) -> None:
         """Say that the weights are not here, before anything else is done.
 
         Raises:
             UserError: Neither a local folder nor a model in the local hub cache, and the hub cannot be reached or
-                refuses; with the command that works without them.
+                refuses; with the command that works without them. Or a `transformer_file` that is none.
         """
+        from scale_dit.models.single_file import check_transformer_file
+
+        check_transformer_file(self.transformer_file)
         if (Path(self.path) / "model_index.json").is_file():
             return
         from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache

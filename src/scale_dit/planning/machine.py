@@ -100,6 +100,7 @@ def find_machine(device: torch.device, dtype: torch.dtype) -> Machine | None:
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be had on a device; of a card, also below a cap set by torch for this process."""
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         free, total = torch.cuda.mem_get_info(device)
         cap = int(total * torch.cuda.get_per_process_memory_fraction(device))
         # What torch holds but does not use can be had as well.

@@ -82,8 +82,8 @@ class Memory:
             ("model", PART, "host"),
             ("group", PART, "host"),
         )
-        # On a CPU, where planes are kept is all the same.
-        decodes = ("whole", "streamed", "host") if on_gpu else ("whole", "streamed")
+        # Untiled is slower on a GPU; on a CPU, where planes are kept is all the same.
+        decodes = ("streamed", "host") if on_gpu else ("whole", "streamed")
         steps = ladder if on_gpu else (("none", 0, "device"), ("text", PART, "device"))
         found = []
         for (offload, tokens, place), decode in product(steps, decodes):

@@ -84,7 +84,9 @@ class Planner:
             "text": spent(work.text) + copied["text"],
             "draft": draft + copied["draft"],
             "refine": refine,
-            "decode": spent(work.decode) + copied["decode"] + self._planes(work, way) / self.machine.host_copy,
+            "decode": spent(work.decode[way.decode])
+            + copied["decode"]
+            + self._planes(work, way) / self.machine.host_copy,
         }
 
     def _passes(self, seconds: float, count: int, way: Memory) -> float:
@@ -98,7 +100,7 @@ class Planner:
         """Bytes of activations that go to the host's memory or come from it."""
         if way.decode != "host":
             return 0
-        operations = work.decode.operations.items()
+        operations = work.decode["whole"].operations.items()
         return round(PLANES * sum(each.bytes * count for each, count in operations if each.kind == "convolution"))
 
     def _copied(self, way: Memory) -> dict[str, int]:

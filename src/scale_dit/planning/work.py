@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from scale_dit.attention import resolve
-from scale_dit.autoencoder.decoding import decode_bytes
+from scale_dit.autoencoder.layers import streamed_decode
+from scale_dit.autoencoder.memory import decode_bytes
+from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.method import Method, Plan, draft_plan
 from scale_dit.models.settings import BaseSettings
 from scale_dit.planning.components import Components
@@ -35,8 +37,8 @@ class Work:
         text: Encoding the prompt, and the negative one if a stage evaluates it.
         draft, refine: One step, all branches.
         guidance: The guidance pass.
-        decode: Decoding, untiled.
-        decode_peaks: Bytes that it takes in every mode, see `scale_dit.autoencoder.Decoding`.
+        decode: Decoding, in every mode, see `scale_dit.autoencoder.Decoding`.
+        decode_peaks: Bytes that it takes in every mode.
         draft_steps, refine_steps: How often.
     """
 
@@ -46,7 +48,7 @@ class Work:
     guidance: Trace | None
     refine: Trace
     refine_steps: int
-    decode: Trace
+    decode: dict[str, Trace]
     decode_peaks: dict[str, int]
 
 
@@ -134,16 +136,21 @@ class Tracer:
         reads = keys_values is not None
         return self._once(("step", plan.layout.json, scale, reads, self.driver.feed_forward_tokens), run)
 
-    def _decode(self, height: int, width: int) -> tuple[Trace, dict[str, int]]:
+    def _decode(self, height: int, width: int) -> tuple[dict[str, Trace], dict[str, int]]:
+        """Traces of decoding whole and streamed, and bytes that every mode takes."""
         vae: Any = self.components.modules["vae"]
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (1, vae.config.latent_channels, height // factor, width // factor)
-        found = self._once(
-            ("decode", *shape), lambda: vae.decode(torch.empty(shape, dtype=vae.dtype, device=META)).sample
-        )
+        at_once = Streaming(META, META, band_elements=2**60, score_bytes=2**60)
+
+        def latents() -> Tensor:
+            return torch.empty(shape, dtype=vae.dtype, device=META)
+
+        whole = self._once(("decode", *shape), lambda: vae.decode(latents()).sample)
+        streamed = self._once(("streamed", *shape), lambda: list(streamed_decode(vae, latents(), at_once)))
         tile = self.sampling.decode_tile
         others = {mode: decode_bytes(vae, height, width, mode, tile) for mode in ("streamed", "host", "tiled")}
-        return found, {"whole": found.peak, **others}
+        return {"whole": whole} | dict.fromkeys(others, streamed), {"whole": whole.peak, **others}
 
     def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
         """The trace of what has this key, made when it is first asked for."""

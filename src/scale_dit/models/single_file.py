@@ -1,0 +1,69 @@
+"""A transformer in one `.safetensors` file, as such models are often passed on; all else is the base's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors
+import torch
+from diffusers import DiffusionPipeline
+
+from scale_dit.errors import UserError
+from scale_dit.models.settings import BaseSettings
+
+
+def transformer_of(settings: BaseSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """`{"transformer": ...}` from `settings.transformer_file`, of the sizes that the base has; `{}` without a file.
+
+    Keys may be diffusers' or the original ones, which diffusers converts.
+
+    Raises:
+        UserError: The file does not hold all the weights of this base's transformer.
+    """
+    if settings.transformer_file is None:
+        return {}
+    _, kind = DiffusionPipeline.load_config(settings.path)["transformer"]
+    model = getattr(diffusers, kind)
+    try:
+        transformer = model.from_single_file(
+            settings.transformer_file, config=settings.path, subfolder="transformer", torch_dtype=dtype
+        )
+    except (ValueError, KeyError, RuntimeError, IndexError) as error:
+        raise _does_not_fit(settings, kind, str(error)) from error
+    # A file of another model of the same family may lack layers, which then stay where they were built.
+    lacking = [name for name, parameter in transformer.named_parameters() if parameter.device.type == "meta"]
+    if lacking:
+        raise _does_not_fit(settings, kind, f"it lacks {len(lacking)} weights, such as {lacking[0]}")
+    return {"transformer": transformer}
+
+
+def check_transformer_file(file: str | None) -> None:
+    """Refuse what cannot be a transformer's weights, by the file's first bytes.
+
+    Raises:
+        UserError: No such file, or no safetensors file.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"base.transformer_file={file} does not exist: give the .safetensors file of a transformer")
+    try:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            empty = not opened.keys()
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"base.transformer_file={file} cannot be read ({error}): it is truncated or no safetensors file"
+        ) from error
+    if empty:
+        raise UserError(f"base.transformer_file={file} holds no weights")
+
+
+def _does_not_fit(settings: BaseSettings, kind: str, reason: str) -> UserError:
+    first_line = reason.strip().splitlines()[0] if reason.strip() else "unknown keys"
+    return UserError(
+        f"base.transformer_file={settings.transformer_file} does not fit base {settings.name!r}, whose transformer is "
+        f"a {kind}: {first_line}. Select the base that it was made from (base=...)."
+    )
