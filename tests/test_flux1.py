@@ -203,7 +203,7 @@ def test_ntk_one_changes_nothing_and_more_turns_slower():
     plain, stretched = (base.image_pass(tokens, text, TIMES[:1], plan, None, 1) for plan in plans)
     assert not torch.allclose(plain, stretched, atol=1e-3)
     for ntk, plan in zip((1.0, 10.0), plans, strict=True):
-        cosine, _ = base.rotary(plan.image_ids, ntk, torch.device("cpu"))
+        cosine, _ = base.rotary(plan.image_ids, Method(ntk=ntk), torch.device("cpu"))
         slowest = torch.outer(plan.image_ids[:, 2], torch.tensor([10000 ** (-4 / 6) / ntk])).cos()
         torch.testing.assert_close(cosine[:, -1:], slowest, rtol=0, atol=1e-6)
 

@@ -112,7 +112,7 @@ def test_timesteps_stay_float32_up_to_their_embedding():
 def test_slower_rotation_leaves_the_words_where_they_are():
     base = drive_klein(klein())
     ids = torch.cat([base.text_ids(5), base.token_ids(torch.tensor([[0.0, 3.0, 7.0]]))])
-    plain, slow = (base.rotary(ids, ntk, torch.device("cpu"))[0] for ntk in (1.0, 10.0))
+    plain, slow = (base.rotary(ids, Method(ntk=ntk), torch.device("cpu"))[0] for ntk in (1.0, 10.0))
     assert torch.equal(plain[:5], slow[:5])
     assert not torch.equal(plain[5:], slow[5:])
     # The slower of an axis' two frequencies: 2000^(-1/2), divided by the factor.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.method import Plan
-from scale_dit.models.flux1 import Text
+from scale_dit.models.text import Text
 from scale_dit.pipeline_loading import LoadedPipeline
 from scale_dit.recipe import Recipe
 from scale_dit.sampling import add_noise, upsample_latents
