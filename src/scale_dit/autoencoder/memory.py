@@ -22,6 +22,8 @@ ATTENTION = 5
 """Planes of the middle attention layer: its input, query, key and value, one of them twice while bands are joined."""
 SCORES = 2.5
 """Bytes for each byte of its scores in 16 bit: their exponentials, and these in 16 bit."""
+RESULTS = 5
+"""What comes of a band of its queries: in parts, joined, by heads, projected, and with the input added."""
 BAND_BYTES = 22
 """For each element of a band, whatever its dtype: norms are computed in float32."""
 BAND_ELEMENTS = 2**26
@@ -71,11 +73,15 @@ def _streamed_bytes(vae: Any, height: int, width: int, on_host: bool, band_eleme
     _, deepest, pixels = levels[0]
     queries = min(pixels, band_elements // 4 // deepest)
     scores = round(SCORES * min(SCORE_BYTES, 4 * pixels * queries)) if vae.dtype.itemsize < 4 else 0
-    band = BAND_BYTES * min(band_elements, deepest * pixels)
-    attention = _attention_elements(levels) * vae.dtype.itemsize + max(scores, band)
+    scores += RESULTS * queries * deepest * vae.dtype.itemsize
     widest = max(max(before, channels) * pixels for before, channels, pixels in levels)
-    planes = 0 if on_host else max(STREAMED * channels * pixels for _, channels, pixels in levels)
-    return max(attention, planes * vae.dtype.itemsize + BAND_BYTES * min(band_elements, widest))
+    band = BAND_BYTES * min(band_elements, widest)
+    # Scores are there when no convolution runs.
+    held = _attention_elements(levels) * vae.dtype.itemsize + max(scores, band)
+    if on_host:
+        return held
+    planes = max(STREAMED * channels * pixels for _, channels, pixels in levels)
+    return max(held, planes * vae.dtype.itemsize + band)
 
 
 def _attention_elements(levels: list[tuple[int, int, int]]) -> int:
