@@ -62,6 +62,14 @@ FORMS = {
         {f"base_model.model.{key.replace('.weight', '.default.weight')}": value for key, value in tensors.items()}, None
     ),
     "bare": lambda tensors: (tensors, None),
+    "trainer": lambda tensors: ({f"diffusion_model.{key}": value for key, value in tensors.items()}, None),
+    "down": lambda tensors: (
+        {
+            f"transformer.{key}".replace("lora_A", "lora_down").replace("lora_B", "lora_up"): value
+            for key, value in tensors.items()
+        },
+        None,
+    ),
     "alphas": lambda tensors: (
         {
             f"transformer.{key}": value / 2 if "lora_B" in key else value for key, value in tensors.items()
@@ -140,6 +148,21 @@ def test_kohyas_names_come_to_the_same_update(family, tmp_path):
         found = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
         torch.testing.assert_close(found, update)
     assert add_foreign_lora(transformer, tensors, "the file", "theirs") == len(wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alphas_count_beside_a_text_encoders_tensors(family, tmp_path, caplog):
+    make, _, stock = FAMILIES[family]
+    truth = random_lora(make(), ["transformer_blocks.0.attn.to_q"])
+    written, _ = FORMS["alphas"](truth)
+    encoder = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    written |= {f"{encoder}.lora_A.weight": noise(2, 8), f"{encoder}.lora_B.weight": noise(8, 2)}
+    save_file(written, tmp_path / "both.safetensors")
+    found = read_foreign_lora(tmp_path / "both.safetensors", stock)
+    assert found.keys() == truth.keys()
+    for key, value in truth.items():
+        torch.testing.assert_close(found[key], value)
+    assert "2 tensors for text encoders are left out" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["flux1_dev", "klein_base_9b"])
@@ -259,6 +282,15 @@ def test_a_guidance_lora_by_others_needs_its_base(pipeline, style_file, caplog):
         ({"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": (2, 32)}, "layers that the transformer lacks"),
         ({"transformer.x_embedder.lora_A.weight": (2, 64)}, "does not fit this base"),
         ({"transformer.x_embedder.lora_magnitude_vector": (32,)}, "no LoRA matrices"),
+        (
+            {
+                "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 32),
+                "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": (32, 2),
+                "lora_unet_double_blocks_0_img_attn_proj.dora_scale": (32, 1),
+            },
+            "dora_scale: only plain LoRA",
+        ),
+        ({"transformer.x_embedder.lora_A.weight": (2, 128), "other.lora_A.weight": (2, 8)}, "unknown names"),
         ({"unet.down.lora_A.weight": (2, 32)}, "not one of this base's family"),
         ({"some_weight": (2, 32)}, "LoRA file"),
     ],

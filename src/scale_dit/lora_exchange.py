@@ -23,11 +23,16 @@ from scale_dit.lora import DIFFUSERS_CONFIG, PREFIX, check_count, load_lora_stat
 
 log = logging.getLogger(__name__)
 
-PEFT_PREFIX = "base_model.model."
+OTHER_PREFIX = re.compile(r"^(base_model\.model\.|diffusion_model\.)+")
+"""Where peft and some trainers write `transformer.`, or write it behind."""
 OWN_NAMES = re.compile(
-    r"(x_embedder|context_embedder|proj_out|norm_out|time_|(double|single)_stream|(single_)?transformer_)"
+    r"(x_embedder|context_embedder|proj_out|norm_out|time_(text|guidance)_embed|"
+    r"(double|single)_stream_modulation\w*\.linear|(single_)?transformer_blocks)\."
 )
-"""How names of a FLUX transformer's modules begin in diffusers."""
+"""How names of a FLUX transformer's modules begin in diffusers, and none of the authors' own names does."""
+OLD_SPELLING = re.compile(r"\.lora[._](down|up)\.")
+UNLIKE_LORA = re.compile(r"dora_scale|lora_magnitude_vector|lokr_|hada_|oft_")
+"""Other ways to adapt a layer. They are looked for before names are converted: diffusers leaves some out by itself."""
 PAIR = re.compile(r"\.lora_([AB])(\.[^.]+)?\.weight$")
 """The end of a tensor's name, with the adapter's name in it or without."""
 
@@ -82,15 +87,20 @@ def read_foreign_lora(path: str | Path, stock: Any) -> dict[str, Tensor]:
         UserError: Not readable, no LoRA, or of a kind that cannot be had.
     """
     tensors, metadata = open_lora(path)
-    tensors = {_with_prefix(name): tensor for name, tensor in tensors.items()}
-    if not all(name.startswith(PREFIX) for name in tensors):
+    if unlike := [name for name in tensors if UNLIKE_LORA.search(name)]:
+        raise _not_plain(path, unlike)
+    tensors = {_by_diffusers_names(name): tensor for name, tensor in tensors.items()}
+    if not any(name.startswith(PREFIX) for name in tensors):
         tensors = _converted(tensors, path, stock)
     alphas = {
         name.removeprefix(PREFIX).removesuffix(".alpha"): float(tensor)
         for name, tensor in tensors.items()
         if name.endswith(".alpha")
     }
-    if others := [name for name in tensors if not name.startswith(PREFIX)]:
+    others = [name for name in tensors if not name.startswith(PREFIX)]
+    if strange := [name for name in others if not name.startswith("text_encoder")]:
+        raise UserError(f"LoRA file {path} holds {len(strange)} tensors of unknown names, such as {strange[0]}")
+    if others:
         log.warning("%s: %d tensors for text encoders are left out, such as %s", path, len(others), others[0])
     own = {
         PAIR.sub(r".lora_\1.weight", name.removeprefix(PREFIX)): tensor
@@ -98,10 +108,7 @@ def read_foreign_lora(path: str | Path, stock: Any) -> dict[str, Tensor]:
         if name.startswith(PREFIX) and not name.endswith(".alpha")
     }
     if unknown := [name for name in own if not PAIR.search(name)]:
-        raise UserError(
-            f"LoRA file {path} holds {len(unknown)} tensors that are no LoRA matrices, such as {unknown[0]}: only "
-            f"plain LoRA (lora_A and lora_B, lora_down and lora_up) can be loaded"
-        )
+        raise _not_plain(path, unknown)
     if not own:
         raise UserError(f"LoRA file {path} holds nothing for the transformer")
     config = {
@@ -110,12 +117,21 @@ def read_foreign_lora(path: str | Path, stock: Any) -> dict[str, Tensor]:
     return {name: _scaled(name, own, alphas, config) for name in own}
 
 
-def _with_prefix(name: str) -> str:
-    """Names of `save_lora_adapter` and of peft are diffusers' with another beginning."""
-    bare = name.removeprefix(PEFT_PREFIX)
-    if bare.startswith(PREFIX) or not OWN_NAMES.match(bare):
-        return bare if bare.startswith(PREFIX) else name
-    return PREFIX + bare
+def _not_plain(path: str | Path, names: Sequence[str]) -> UserError:
+    return UserError(
+        f"LoRA file {path} holds {len(names)} tensors that are no LoRA matrices, such as {names[0]}: only "
+        f"plain LoRA (lora_A and lora_B, lora_down and lora_up) can be loaded"
+    )
+
+
+def _by_diffusers_names(name: str) -> str:
+    """The name in diffusers, if it differs from it by no more than its beginning and the spelling of A and B."""
+    bare = OTHER_PREFIX.sub("", name)
+    if OWN_NAMES.match(bare):
+        bare = PREFIX + bare
+    if not bare.startswith(PREFIX):
+        return name
+    return OLD_SPELLING.sub(lambda found: ".lora_A." if found[1] == "down" else ".lora_B.", bare)
 
 
 def _converted(tensors: dict[str, Tensor], path: str | Path, stock: Any) -> dict[str, Tensor]:
