@@ -124,6 +124,8 @@ def test_settings_travel_with_the_weights(tmp_path):
     TINY.save(tmp_path)
     assert BaseSettings.of(str(tmp_path)) == replace(TINY, path=str(tmp_path))
     other = tmp_path / "plain-flux"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
     assert BaseSettings.of(str(other)) == BaseSettings(name="plain-flux", path=str(other))
 
 

@@ -38,7 +38,7 @@ def test_feed_forward_by_parts_gives_the_same(tokens, scope):
 def test_parts_are_what_the_feed_forward_gets():
     base = drive(flux())
     widths: list[int] = []
-    for block in base._blocks:
+    for block in base.blocks:
         layer = block.ff.net[0] if hasattr(block, "ff") else block.proj_out
         layer.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     base.feed_forward_tokens = 100
