@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,7 @@ def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert len(record["resumed"]) == 1
     whole = generate(
-        [Picture(0, PROMPT, "", 0, 128, 256)], replace(SETTINGS, path=str(small_folder)),
+        [Picture(0, PROMPT, "", 0, 128, 256)], instantiate(record["config"]["base"]),
         instantiate(record["config"]["method"]), Sampling(steps=100), tmp_path / "whole", console=quiet(),
     )  # fmt: skip
     assert torch.equal(load_picture(whole[0]), load_picture(picture))
