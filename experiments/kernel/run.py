@@ -261,10 +261,12 @@ def plot_orders(table: Mapping[Key, Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", type=Path, default=HERE / "attention.csv", help="table of kernel=attention")
+    tables = sorted(HERE.glob("attention*.csv")) or [HERE / "attention.csv"]
+    parser.add_argument("--attention", type=Path, nargs="+", default=tables, help="tables of kernel=attention")
     parser.add_argument("--rotation", type=Path, default=HERE / "norm_rotate.csv", help="table of kernel=norm_rotate")
     options = parser.parse_args()
-    table, rotations = by_key(read(options.attention)), read(options.rotation)
+    table = by_key([row for path in options.attention for row in read(path)])
+    rotations = read(options.rotation)
     measured = figures(table)
     merge_rows(measured, figures_file())
     write_tables(table, rotations, measured)
