@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import resource
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,20 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from small_bases import noise
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from scale_dit.errors import UserError
-from scale_dit.generation import Files, Job, Picture, Sampling, generate
+from scale_dit.generation import Files, Job, Loras, Picture, Sampling, generate
 from scale_dit.generation.claims import Claims
 from scale_dit.generation.latents import SavedLatents
+from scale_dit.generation.setup import Setup
 from scale_dit.method import Method
+from scale_dit.models.settings import BaseSettings
 from scale_dit.picture_files import load_picture, read_provenance
+from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.memory import Memory
 
 METHOD = Method(order="hilbert")
 PICTURES = [Picture(index, "a large red circle on sand", "", index, 128, 256) for index in range(4)]
@@ -39,7 +46,7 @@ def make(small_settings, tmp_path):
         job = Job(stage, pick, options.pop("shard", None), resume)
         return generate(
             pictures, small_settings, METHOD, sampling, tmp_path / folder, job=job, files=files,
-            console=Console(quiet=True), **options,
+            **{"console": Console(quiet=True), **options},
         )  # fmt: skip
 
     return run
@@ -145,8 +152,39 @@ def test_kept_latents_are_decoded_again_into_another_format(make, tmp_path, whol
     assert set(provenance["seconds"]) == {"decode"}
 
 
-def test_decode_leaves_out_what_is_not_finished(make):
-    assert make("out", stage="decode") == []
+def test_a_damaged_picture_is_made_again(make, tmp_path, whole):
+    (file,) = make("out")
+    file.write_bytes(file.read_bytes()[:3000])
+    (again,) = make("out", resume=True)
+    assert torch.equal(load_picture(again), whole[0])
+    assert read_provenance(again) is not None
+
+
+def test_nothing_is_loaded_where_a_stage_has_nothing_to_do(make):
+    console = Console(file=io.StringIO(), width=200)
+    assert make("out", stage="decode", console=console) == []
+    assert "pictures without finished latents are left out: 0" in console.file.getvalue()
+    make("drafts", stage="draft", console=console)
+    assert "picture 1/1" in console.file.getvalue()
+    console = Console(file=io.StringIO(), width=200)
+    make("drafts", stage="draft", console=console)
+    assert "picture 1/1" not in console.file.getvalue()
+
+
+def test_decoding_reads_the_autoencoder_alone(small_folder, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(small_folder, folder)
+    pipeline = ScaleDiTPipeline.from_pretrained(folder)
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        for weights in (folder / part).glob("*.safetensors"):
+            weights.unlink()
+    setup = Setup(
+        BaseSettings.of(str(folder)), METHOD, SAMPLING, Loras(), None, "auto", torch.device("cpu"), torch.float32,
+        Memory(),
+    )  # fmt: skip
+    latents = noise(1, 16, 16, 32)
+    found = torch.cat(list(setup.load_decoder().decode_bands(latents)), dim=1)
+    assert torch.equal(found, torch.cat(list(pipeline.decode_bands(latents)), dim=1))
 
 
 def test_picked_drafts_become_the_pictures_of_a_full_run(make, tmp_path, whole):

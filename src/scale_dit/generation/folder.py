@@ -93,6 +93,15 @@ class OutputFolder:
         """Where a picture goes."""
         return self.path / f"{picture.stem}{self.files.kind.suffix}"
 
+    def holds(self, picture: Picture) -> bool:
+        """Whether the picture is there, as a whole file that says what it was made with."""
+        return read_provenance(self.file(picture)) is not None
+
+    def finished_latents(self, picture: Picture, steps: int) -> Tensor | None:
+        """A picture's latents behind all of its steps, as saved; `None` if they are not there."""
+        saved = self.latents.load(f"{picture.stem}.refine", self.latents_fingerprint(picture))
+        return saved[0] if saved is not None and saved[1] == steps else None
+
     def draft_file(self, picture: Picture) -> Path:
         """Where a preview of its draft goes."""
         return self.path / DRAFTS / f"{picture.stem}.png"

@@ -86,16 +86,15 @@ class Making:
             latents = self._refined()
         self._decode(latents)
 
-    def decode(self) -> bool:
-        """Decode the picture; `False` if its latents are not finished.
+    def decode(self) -> None:
+        """Decode the picture from its finished latents, if they are still there.
 
         Raises:
             UserError: The disk is full, or memory runs out; what is saved stays.
         """
-        if self._saved is None or self._saved[1] < self.recipe.steps:
-            return False
-        self._decode(self._saved[0])
-        return True
+        latents = self.folder.finished_latents(self.picture, self.recipe.steps)
+        if latents is not None:
+            self._decode(latents.to(self._device))
 
     @property
     def resumed(self) -> bool:

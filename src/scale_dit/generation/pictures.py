@@ -56,6 +56,10 @@ class Sampling:
         if self.decode_tile < SMALLEST_TILE:
             raise UserError(f"decode_tile is {self.decode_tile} px, but it must be at least {SMALLEST_TILE}: try 1024")
 
+    def steps_of(self, base: BaseSettings) -> int:
+        """Steps of the refinement."""
+        return base.steps if self.steps is None else self.steps
+
     def scale_for(self, base: BaseSettings, height: int, width: int) -> float:
         """HR side / draft side for a picture of `height` x `width` px."""
         return native_scale(base, height, width) if self.scale is None else self.scale

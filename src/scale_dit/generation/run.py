@@ -89,6 +89,7 @@ def generate(
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
     if len(pending) < len(selected):
         console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")
+    pending = _with_work(pending, folder, sampling.steps_of(base), job.stage, console)
     if pending:
         plan = setup.plan(pending) if job.stage != "decode" else None
         if plan is not None and job.stage != "draft":
@@ -98,10 +99,25 @@ def generate(
             plan.show_actual(console)
     if job.stage == "draft":
         return [write_contact_sheet(folder, pictures)]
-    there = [picture for picture in selected if folder.file(picture).is_file()]
+    there = [picture for picture in selected if folder.holds(picture)]
     if there == selected and (job.pick is not None or all(folder.file(each).is_file() for each in pictures)):
         folder.finish(pictures)
     return [folder.file(picture) for picture in there]
+
+
+def _with_work(
+    pictures: Sequence[Picture], folder: OutputFolder, steps: int, stage: str, console: Console
+) -> list[Picture]:
+    """The pictures for which a stage has anything to do, so that no weights are loaded for nothing."""
+    if stage == "draft":
+        return [picture for picture in pictures if not folder.draft_file(picture).is_file()]
+    if stage != "decode":
+        return list(pictures)
+    finished = [picture for picture in pictures if folder.finished_latents(picture, steps) is not None]
+    left_out = [str(picture.index) for picture in pictures if picture not in finished]
+    if left_out:
+        console.print(f"pictures without finished latents are left out: {', '.join(left_out)}")
+    return finished
 
 
 def _make_all(
@@ -112,7 +128,7 @@ def _make_all(
     Raises:
         SystemExit: Ctrl-C.
     """
-    pipeline = setup.load(plan)
+    pipeline = setup.load_decoder() if plan is None else setup.load(plan)
     work = [_work(pipeline, picture, setup.sampling, job.stage) for picture in pictures]
     interrupted = False
     try:
@@ -135,8 +151,7 @@ def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgre
     if not claims.take(picture.index):
         progress.skip()
         return
-    done = folder.draft_file(picture) if stage == "draft" else folder.file(picture)
-    if done.is_file():
+    if folder.draft_file(picture).is_file() if stage == "draft" else folder.holds(picture):
         claims.release(picture.index)
         progress.skip()
         return
@@ -144,8 +159,7 @@ def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgre
     if stage == "draft":
         making.draft()
     elif stage == "decode":
-        if not making.decode():
-            progress.console.print(f"picture {picture.index} has no finished latents: it is left out")
+        making.decode()
     else:
         making.refine_and_decode()
     claims.release(picture.index)

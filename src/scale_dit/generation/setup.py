@@ -58,17 +58,26 @@ class Setup:
             pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype
         )
 
-    def load(self, plan: RunPlan | None) -> ScaleDiTPipeline:
-        """The pipeline, brought to the device as planned; without a plan only what decodes is."""
+    def load(self, plan: RunPlan) -> ScaleDiTPipeline:
+        """The pipeline, brought to the device as planned."""
         pipeline = ScaleDiTPipeline.from_pretrained(self.base.path, settings=self.base, dtype=self.dtype)
+        self._configure(pipeline)
+        self.loras.load(pipeline)
+        plan.prepare(pipeline)
+        return pipeline
+
+    def load_decoder(self) -> ScaleDiTPipeline:
+        """A pipeline on the device of which nothing but the autoencoder was read."""
+        absent = dict.fromkeys(("transformer", "text_encoder", "text_encoder_2"))
+        base = replace(self.base, transformer_file=None)
+        pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=self.dtype, **absent)
+        self._configure(pipeline)
+        pipeline.decoding = replace(pipeline.decoding, mode=self.memory.decode)
+        pipeline.to(self.device)
+        return pipeline
+
+    def _configure(self, pipeline: ScaleDiTPipeline) -> None:
         pipeline.configure(self.base, self.backend)
         pipeline.method = self.method
         tile = self.sampling.decode_tile
         pipeline.decoding = Decoding(tile=tile, overlap=tile // 4)
-        self.loras.load(pipeline)
-        if plan is not None:
-            plan.prepare(pipeline)
-        else:
-            pipeline.vae.to(self.device)
-            pipeline.decoding = replace(pipeline.decoding, mode=self.memory.decode)
-        return pipeline

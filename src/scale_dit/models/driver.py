@@ -59,8 +59,9 @@ class Driver(Parts):
         self.keys_values_on_host = False
         self.guidance_adapters: tuple[str, ...] = ()
         self.image_adapters: tuple[str, ...] = ()
-        avoid_failing_kernels(self.transformer.config.attention_head_dim)
-        self.set_processors()
+        if self.transformer is not None:  # else all that is asked of it is to decode
+            avoid_failing_kernels(self.transformer.config.attention_head_dim)
+            self.set_processors()
 
     @classmethod
     def load(
