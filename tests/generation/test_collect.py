@@ -51,6 +51,7 @@ def test_scale_comes_from_the_size():
         ({"height": -16}, "Height -16 px"),
         ({"n": 0}, "n is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "from 0 to 9223372036854775807"),
         ({"sampling": Sampling(scale=0.5)}, "Scale is 0.5"),
         ({"method": Method(window=3)}, "multiple of the cell"),
         ({"method": Method(window=256)}, "larger than the picture's grid"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -116,14 +117,34 @@ def test_csv(tmp_path):
     assert "quotation marks" in found.broken[0]
 
 
-def test_a_quotation_mark_that_is_not_closed_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("rest", "texts"),
+    [
+        ("next,3\nlast,4\n", ["next", "last"]),
+        ('next,3\n"quoted, last",4\n', ["next", "quoted, last"]),
+        ('\n"over\ntwo lines",3\n', ["over\ntwo lines"]),
+        ("", []),
+    ],
+)
+def test_a_quotation_mark_that_is_not_closed_costs_its_line_alone(tmp_path, rest, texts):
     path = tmp_path / "prompts.csv"
-    path.write_text('prompt,seed\ngood,1\n"never closed,2\nlost,3\n')
+    path.write_text(f'prompt,seed\ngood,1\n"never closed,2\n{rest}')
     found = read_prompts(path)
-    assert [prompt.text for prompt in found.prompts] == ["good"]
+    assert [prompt.text for prompt in found.prompts] == ["good", *texts]
+    if "two" in rest:
+        assert found.prompts[-1].source == "prompts.csv, line 5"
     assert len(found.broken) == 1
     assert found.broken[0].startswith("prompts.csv, line 3")
     assert "closed" in found.broken[0]
+
+
+def test_large_seeds_are_not_rounded(tmp_path):
+    path, largest = tmp_path / "prompts.jsonl", 2**63 - 1
+    path.write_text("".join(json.dumps({"prompt": "a", "seed": seed}) + "\n" for seed in (largest, largest + 1, 1e400)))
+    found = read_prompts(path)
+    assert [prompt.seed for prompt in found.prompts] == [largest]
+    assert f"from 0 to {largest}" in found.broken[0]
+    assert "no whole number" in found.broken[1]
 
 
 def test_bytes_that_are_no_text_cost_their_line(tmp_path):

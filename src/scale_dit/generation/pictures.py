@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scale_dit.errors import UserError
 from scale_dit.generation.photo import DraftPhoto
-from scale_dit.generation.prompts import Prompt, read_prompts
+from scale_dit.generation.prompts import LARGEST_SEED, Prompt, read_prompts
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.recipe import Recipe, native_scale
@@ -150,8 +150,8 @@ def collect_pictures(
     """
     if n < 1:
         raise UserError(f"n is {n}, but every prompt needs at least one picture: set n=1 or more")
-    if seed < 0:
-        raise UserError(f"seed is {seed}, but it cannot be negative")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed is {seed}, but it must be from 0 to {LARGEST_SEED}")
     side = round(base.native * (sampling.scale or method.scale))
     default = (side, side) if photo is None else photo.fitting_size(base, side)
     pictures: list[Picture] = []

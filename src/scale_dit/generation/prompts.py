@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,10 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    lines = io.StringIO(text, newline="").readlines()
+    first = csv.reader(lines, strict=True, skipinitialspace=True)
     try:
-        columns = [column.strip() for column in reader.fieldnames or []]
+        columns = [column.strip() for column in next(first, [])]
     except csv.Error as error:
         raise UserError(f"the first line of prompt file {path} cannot be read: {error}") from error
     if "prompt" not in columns:
@@ -169,20 +171,33 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
             f"prompt file {path} has no column 'prompt': its first line must name the columns, such as "
             f"prompt,seed,height,width,negative_prompt; it names {', '.join(columns) or 'none'}"
         )
-    reader.fieldnames = columns
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, UserError(f"no CSV ({error}): is a quotation mark not closed?")
-            continue
-        if None in row:
+    for line, row in _csv_rows(lines, first.line_num):
+        if isinstance(row, UserError):
+            yield line, row
+        elif len(row) > len(columns):
             yield line, UserError("more fields than columns: put a prompt that holds a comma into quotation marks")
         else:
-            yield line, {key: value for key, value in row.items() if value not in (None, "") or key == "prompt"}
+            fields = zip_longest(columns, row)
+            yield line, {key: value for key, value in fields if value not in (None, "") or key == "prompt"}
+
+
+def _csv_rows(lines: Sequence[str], begin: int) -> Iterator[tuple[int, list[str] | UserError]]:
+    """The rows after the first `begin` lines, each with the number of its first line.
+
+    An open quotation mark swallows the lines behind it; once it is seen to be one, they are read anew.
+    """
+    while begin < len(lines):
+        reader = csv.reader(lines[begin:], strict=True, skipinitialspace=True)
+        read = 0
+        try:
+            for row in reader:
+                if row:
+                    yield begin + read + 1, row
+                read = reader.line_num
+            return
+        except csv.Error as error:
+            yield begin + read + 1, UserError(f"no CSV ({error}): is a quotation mark not closed?")
+            begin += read + 1
 
 
 def _prompt(entry: Entry, source: str) -> Prompt:
@@ -222,9 +237,9 @@ def _whole_number(value: Any, name: str, highest: int = 10**6) -> int | None:
     if value is None:
         return None
     try:
-        if isinstance(value, bool) or float(value) != int(value):
-            raise ValueError
         number = int(value)
+        if isinstance(value, bool) or (isinstance(value, float) and value != number):
+            raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} is {value!r}, which is no whole number") from None
     if not 0 <= number <= highest:
