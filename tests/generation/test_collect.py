@@ -51,6 +51,8 @@ def test_scale_comes_from_the_size():
         ({"height": -16}, "Height -16 px"),
         ({"n": 0}, "n is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": "one"}, "seed is 'one', which is no whole number"),
+        ({"height": "high"}, "height is 'high', which is no whole number"),
         ({"seed": 2**63}, "from 0 to 9223372036854775807"),
         ({"sampling": Sampling(scale=0.5)}, "Scale is 0.5"),
         ({"method": Method(window=3)}, "multiple of the cell"),
@@ -114,3 +116,17 @@ def test_broken_lines_are_named_in_warnings(tmp_path, caplog):
         collect_prompts(None, path)
     assert "p.jsonl, line 2" in caplog.text
     assert "style" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "many"}, "steps is 'many', which is no whole number"),
+        ({"steps": 2.5}, "steps is 2.5, which is no whole number"),
+        ({"start": "late"}, "start is 'late', which is no number"),
+        ({"guidance_scale": True}, "guidance_scale is True, which is no number"),
+    ],
+)
+def test_what_is_no_number_is_named(options, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**options)

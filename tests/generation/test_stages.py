@@ -201,7 +201,7 @@ def test_picked_drafts_become_the_pictures_of_a_full_run(make, tmp_path, whole):
     assert [file.name for file in files] == ["00001_seed1.png", "00003_seed3.png"]
     assert torch.equal(load_picture(files[0]), whole[1])
     assert torch.equal(load_picture(files[1]), whole[3])
-    (more,) = make("out", PICTURES, stage="refine", pick=[0])
+    (more,) = make("out", PICTURES, stage="refine", pick=0)
     assert torch.equal(load_picture(more), whole[0])
     lines = (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1, 3]
@@ -213,6 +213,7 @@ def test_picked_drafts_become_the_pictures_of_a_full_run(make, tmp_path, whole):
         ({"stage": "sketch"}, "unknown stage 'sketch': use one of all, draft, refine, decode"),
         ({"pick": [4]}, "there is no picture 4; they are numbered from 0 to 3"),
         ({"pick": []}, "no picture is named"),
+        ({"pick": "3;7"}, "pick is '3;7', but it must be a list of numbers"),
         ({"shard": "3/2"}, "shard is '3/2'"),
         ({"shard": "0/2"}, "such as shard=1/4"),
         ({"format": "gif"}, "unknown format 'gif'"),

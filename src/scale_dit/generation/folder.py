@@ -16,6 +16,7 @@ from torch import Tensor
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
 from scale_dit.generation.latents import SavedLatents
+from scale_dit.generation.numbers import check_number
 from scale_dit.generation.pictures import Picture
 from scale_dit.generation.resume import resume_command
 from scale_dit.picture_files import (
@@ -58,6 +59,8 @@ class Files:
     keep_latents: bool = False
 
     def __post_init__(self) -> None:
+        check_number("quality", self.quality, whole=True)
+        check_number("save_every", self.save_every, whole=True)
         self.kind.check(self.quality)
         if self.save_every < 1:
             raise UserError(f"save_every is {self.save_every}, but it must be at least 1 step")

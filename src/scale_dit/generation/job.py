@@ -21,16 +21,16 @@ class Job:
     Args:
         stage: `draft`: drafts and a contact sheet; `refine`: pictures, from the drafts that are there; `decode`: only
             pictures whose latents are finished; `all`: everything.
-        pick: Numbers of pictures, as the contact sheet shows them; `None`: all.
+        pick: Numbers of pictures, or one, as the contact sheet shows them; `None`: all.
         shard: `i/n`: the i-th of n equal parts, from 1 on.
         resume: Whether it goes on in the folder of an earlier command.
 
     Raises:
-        UserError: An unknown stage, or a shard that cannot be.
+        UserError: An unknown stage, a shard that cannot be, or a pick that is no list of numbers.
     """
 
     stage: str = "all"
-    pick: Sequence[int] | None = None
+    pick: Sequence[int] | int | None = None
     shard: str | None = None
     resume: bool = False
 
@@ -38,6 +38,9 @@ class Job:
         if self.stage not in STAGES:
             raise UserError(f"unknown stage {self.stage!r}: use one of {', '.join(STAGES)}")
         _ = self._shard
+        picked = self._picked or []
+        if isinstance(picked, str) or not all(isinstance(number, int) for number in picked):
+            raise UserError(f"pick is {self.pick!r}, but it must be a list of numbers, such as 'pick=[3,7]'")
 
     @property
     def goes_on(self) -> bool:
@@ -50,16 +53,20 @@ class Job:
         Raises:
             UserError: A number that no picture has.
         """
-        chosen = range(len(pictures)) if self.pick is None else sorted(set(self.pick))
+        chosen = range(len(pictures)) if self._picked is None else sorted(set(self._picked))
         wrong = [number for number in chosen if not 0 <= number < len(pictures)]
         if wrong or not chosen:
             problem = f"there is no picture {wrong[0]}" if wrong else "no picture is named"
             raise UserError(
-                f"pick={list(self.pick or [])}: {problem}; they are numbered from 0 to "
+                f"pick={list(self._picked or [])}: {problem}; they are numbered from 0 to "
                 f"{len(pictures) - 1}, as the contact sheet shows"
             )
         part, parts = self._shard
         return [pictures[number] for number in chosen if number % parts == part]
+
+    @property
+    def _picked(self) -> Sequence[int] | None:
+        return [self.pick] if isinstance(self.pick, int) else self.pick
 
     @property
     def _shard(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_dit.errors import UserError
+from scale_dit.generation.numbers import check_number
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.prompts import LARGEST_SEED, Prompt, read_prompts
 from scale_dit.method import Method
@@ -32,6 +33,9 @@ class Sampling:
             `scale_dit.sampling.LowPass`; 0 is off.
         scale: HR side / draft side; `None` makes the draft as large as the base's native size.
         decode_tile: Side in px of the tiles of the decode mode `tiled`.
+
+    Raises:
+        UserError: Something is no number that has to be one.
     """
 
     steps: int | None = None
@@ -44,6 +48,11 @@ class Sampling:
     low_pass_until: float = 0.0
     scale: float | None = None
     decode_tile: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "low_pass_schedule":
+                check_number(name, value, whole=name in ("steps", "draft_steps", "decode_tile"))
 
     def check(self, base: BaseSettings) -> None:
         """Refuse what sampling would refuse, before weights are loaded.
@@ -148,10 +157,12 @@ def collect_pictures(
     Raises:
         UserError: `n`, or a size given for all, cannot be; or nothing is left to make.
     """
-    if n < 1:
-        raise UserError(f"n is {n}, but every prompt needs at least one picture: set n=1 or more")
+    for name, value in (("n", n), ("seed", seed), ("height", height), ("width", width)):
+        check_number(name, value, whole=True)
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed is {seed}, but it must be from 0 to {LARGEST_SEED}")
+    if n < 1:
+        raise UserError(f"n is {n}, but every prompt needs at least one picture: set n=1 or more")
     side = round(base.native * (sampling.scale or method.scale))
     default = (side, side) if photo is None else photo.fitting_size(base, side)
     pictures: list[Picture] = []
