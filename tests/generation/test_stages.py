@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from small_bases import noise
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Loras, Picture, Sampling, generate
@@ -134,6 +134,30 @@ def test_out_of_memory_in_decode_keeps_the_latents(make, tmp_path, whole):
     assert torch.equal(load_picture(file), whole[0])
 
 
+def test_out_of_host_memory_is_said_too(make):
+    class TakeAll(Stop):
+        def __call__(self, module: nn.Module, arguments: object) -> None:
+            if type(module).__name__ == self.module and not next(module.parameters()).is_meta:
+                torch.empty(2**55)
+
+    with TakeAll("Decoder", 1, MemoryError()), pytest.raises(UserError, match="out of memory in the stage 'decode'"):
+        make("out")
+
+
+def test_a_picture_that_is_not_finite_is_not_written(make, tmp_path):
+    def spoil(module: nn.Module, arguments: object, output: object) -> object:
+        spoils = type(module).__name__ == "Decoder" and isinstance(output, torch.Tensor) and not output.is_meta
+        return output * float("nan") if spoils else output
+
+    handle = register_module_forward_hook(spoil)
+    try:
+        with pytest.raises(UserError, match=r"picture 0 holds NaN or infinity.*dtype=float32"):
+            make("out")
+    finally:
+        handle.remove()
+    assert not list(tmp_path.glob("out/*.png"))
+
+
 def test_out_of_memory_in_refinement_says_how_to_go_on(make):
     with Stop(BLOCK, CALLS_OF_DRAFT + 1, torch.OutOfMemoryError("full")), pytest.raises(UserError) as error:
         make("out")
@@ -205,6 +229,8 @@ def test_picked_drafts_become_the_pictures_of_a_full_run(make, tmp_path, whole):
     assert torch.equal(load_picture(more), whole[0])
     lines = (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1, 3]
+    make("out", [*PICTURES, replace(PICTURES[0], index=4, seed=4)], stage="draft")
+    assert len(json.loads((tmp_path / "out" / "contact_sheet.json").read_text())) == 5, "more drafts to choose from"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from scale_dit.generation.pictures import Picture
 from scale_dit.generation.resume import resume_command
 from scale_dit.picture_files import (
     FORMATS,
+    NotFiniteError,
     PictureFormat,
     fingerprint,
     picture_format,
@@ -144,7 +145,7 @@ class OutputFolder:
             decode: The way in which it is decoded.
 
         Raises:
-            UserError: It cannot be written, such as on a full disk.
+            UserError: It cannot be written, such as on a full disk, or is not finite.
         """
 
         def provenance() -> dict[str, Any]:
@@ -161,11 +162,17 @@ class OutputFolder:
                 "decode": decode,
             }
 
-        with writing(self.path):
-            write_picture(
-                self.file(picture), bands, picture.height, picture.width, provenance, self.files.kind,
-                self.files.quality,
-            )  # fmt: skip
+        try:
+            with writing(self.path):
+                write_picture(
+                    self.file(picture), bands, picture.height, picture.width, provenance, self.files.kind,
+                    self.files.quality,
+                )  # fmt: skip
+        except NotFiniteError as error:
+            raise UserError(
+                f"picture {picture.index} holds NaN or infinity, so it is not written: numbers were too large for "
+                f"{self.settings.get('dtype', 'the dtype')}; use dtype=bfloat16 or dtype=float32, or another LoRA"
+            ) from error
 
     def finish(self, pictures: Sequence[Picture]) -> Path:
         """Write the list of those of the pictures that are there, which says that the run is finished."""

@@ -45,7 +45,7 @@ class Job:
     @property
     def goes_on(self) -> bool:
         """Whether pictures of an earlier command in the folder are what is expected."""
-        return self.resume or self.shard is not None or self.stage in ("refine", "decode")
+        return self.resume or self.shard is not None or self.stage != "all"
 
     def select(self, pictures: Sequence[Item]) -> list[Item]:
         """The pictures that it is about.

@@ -197,9 +197,15 @@ class LatentsKeeper:
         """Save what there is when it is interrupted inside, or memory runs out."""
         try:
             yield
-        except (KeyboardInterrupt, torch.OutOfMemoryError):
-            self.save()
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
+                self.save()
             raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or in the host: there, torch raises an error without a class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
@@ -211,7 +217,9 @@ def enough_memory(stage: str, folder: OutputFolder, *remedy: str) -> Iterator[No
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"out of memory in the stage {stage!r} ({str(error).splitlines()[0]}). The steps up to there are saved; go "
             f"on with less memory: {resume_command(folder.path, *remedy)}"

@@ -187,9 +187,9 @@ def interrupted_by_termination() -> Iterator[None]:
 
 
 def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
-    """Leave the run record; a command that goes on adds itself to it."""
+    """Leave the run record; a command that goes on adds itself to it, one that makes drafts says anew what there is."""
     config = dict(folder.settings if folder.config is None else folder.config)
-    if job.goes_on and (folder.path / RECORD).is_file():
+    if job.goes_on and job.stage != "draft" and (folder.path / RECORD).is_file():
         add_resumption(folder.path, config, seed, there)
     else:
         write_run_record(folder.path, config, seed)

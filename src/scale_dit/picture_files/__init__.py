@@ -1,12 +1,13 @@
 """Pictures as files that carry their own provenance: written band by band, and read back."""
 
-from scale_dit.picture_files.bands import quantise, to_float, to_uint8
+from scale_dit.picture_files.bands import NotFiniteError, quantise, to_float, to_uint8
 from scale_dit.picture_files.formats import FORMATS, PictureFormat, picture_format
 from scale_dit.picture_files.provenance import fingerprint, read_provenance, save_picture, write_picture
 from scale_dit.picture_files.reading import load_picture, opened
 
 __all__ = [
     "FORMATS",
+    "NotFiniteError",
     "PictureFormat",
     "fingerprint",
     "load_picture",

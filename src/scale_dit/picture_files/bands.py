@@ -16,13 +16,17 @@ Metadata = Callable[[], str | None]
 """Text for a picture's file, known when the last band is."""
 
 
+class NotFiniteError(ValueError):
+    """A picture holds NaN or infinity."""
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Float pictures in [0, 1] as uint8, clamped and rounded; uint8 passes unchanged.
 
     Truncation would wrap 1.004 round to 0, which metric libraries do when left to convert by themselves.
 
     Raises:
-        ValueError: a value is not finite.
+        NotFiniteError: a value is not finite.
     """
     if images.dtype == torch.uint8:
         return images
@@ -40,7 +44,7 @@ def quantise(bands: Iterable[Tensor], bits: int) -> Iterator[Band]:
     """Bands `[3, rows, W]` in [0, 1], or uint8, as bands of 8 or 16 bits.
 
     Raises:
-        ValueError: a value is not finite.
+        NotFiniteError: a value is not finite.
     """
     for band in bands:
         if bits == 8:
@@ -68,5 +72,5 @@ def regroup(bands: Iterable[Band], rows: int) -> Iterator[Band]:
 
 def _levels(images: Tensor, highest: int) -> Tensor:
     if not torch.isfinite(images).all():
-        raise ValueError("the pictures hold NaN or infinity: look at the model that made them before measuring")
+        raise NotFiniteError("the pictures hold NaN or infinity: look at the model that made them before measuring")
     return (images.float().clamp(0, 1) * highest).round()
