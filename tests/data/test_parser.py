@@ -38,9 +38,9 @@ def test_clean_renders(side, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [256, 1024])
-def test_two_hundred_clean_renders(side):
-    result = accuracies(whole_scenes(200), side)
+@pytest.mark.parametrize(("side", "count"), [(256, 200), (1024, 100)])
+def test_hundreds_of_clean_renders(side, count):
+    result = accuracies(whole_scenes(count), side)
     assert result["count_accuracy"] >= 0.99
     assert result["colour_accuracy"] >= 0.99
     assert result["shape_accuracy"] >= 0.98
