@@ -184,7 +184,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
         file = self._file(record.shard)
         return {
             "latents": file.get_tensor(f"{record.row:05d}.latents").float(),
-            "guidance_latents": file.get_tensor(f"{record.row:05d}.{_guidance_name(self.scale)}").float(),
+            "guidance_latents": file.get_tensor(f"{record.row:05d}.{guidance_name(self.scale)}").float(),
             "text": self.text(record.caption),
             "caption": record.caption,
             "name": record.name,
@@ -255,7 +255,7 @@ def _encode_items(
             batch = rows[start : start + batch_size]
             images = torch.stack([items[row]["image"] for row in batch])
             latents, reduced = encode_pictures(images, encode_image, scales, token, max_tokens)
-            tensors = {"latents": latents} | {_guidance_name(scale): value for scale, value in reduced.items()}
+            tensors = {"latents": latents} | {guidance_name(scale): value for scale, value in reduced.items()}
             for name, tensor in tensors.items():
                 for row, value in zip(batch, as_stored(tensor, dtype).cpu(), strict=True):
                     encoded[row][name] = value.clone()
@@ -275,7 +275,8 @@ def _encode_captions(
     return encoded
 
 
-def _guidance_name(scale: float) -> str:
+def guidance_name(scale: float) -> str:
+    """Name of the drafts' latents of a scale in the shards."""
     return f"guidance.{float(scale):g}"
 
 

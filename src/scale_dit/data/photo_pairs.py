@@ -11,14 +11,14 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from scale_dit.data.cache import CachedLatents, build_cache, cache_fingerprint, weights_fingerprint
+from scale_dit.data.cache import CachedLatents, build_cache, cache_fingerprint
+from scale_dit.data.cache_store import encoder_weights
 from scale_dit.data.cached_pairs import CachedPairs
 from scale_dit.data.crops import Crops
 from scale_dit.data.photos import PhotoDataset
 from scale_dit.data.progress import shown_progress
 from scale_dit.data.sources import PhotoSource, open_photos
 from scale_dit.errors import UserError
-from scale_dit.models.settings import BaseSettings
 
 log = logging.getLogger(__name__)
 
@@ -152,19 +152,9 @@ def encoders_fingerprint(base: Any) -> str:
     return f"{encoder_weights(base.settings)}, {dtype}, {base.settings.text_length} text tokens"
 
 
-def encoder_weights(settings: BaseSettings) -> str:
-    """Names the weights of the encoders of a base that is in a local folder or in the hub's local store."""
-    from huggingface_hub import hf_hub_download
-
-    folder = Path(settings.path)
-    if not folder.is_dir():
-        folder = Path(hf_hub_download(settings.path, "model_index.json", local_files_only=True)).parent
-    return weights_fingerprint(folder)
-
-
 def digest(fingerprint: dict[str, Any]) -> str:
     """A folder name for a cache with this content."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
-__all__ = ["PhotoPairs", "digest", "encoder_weights", "encoders_fingerprint"]
+__all__ = ["PhotoPairs", "digest", "encoders_fingerprint"]

@@ -20,10 +20,10 @@ from scale_dit.generation.folder import Files, OutputFolder
 from scale_dit.generation.job import Job
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.maker import Making, Workshop
+from scale_dit.generation.pairs import PairFolder, PairMaking, PairSettings
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
-from scale_dit.generation.resume import resume_command
 from scale_dit.generation.setup import Setup
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
@@ -52,6 +52,7 @@ def generate(
     dtype: str = "auto",
     overwrite: bool = False,
     memory: Memory | None = None,
+    pairs: PairSettings | None = None,
     config: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> list[Path]:
@@ -68,6 +69,7 @@ def generate(
         files: How pictures and latents are written.
         overwrite: Remove the pictures of an earlier run from it.
         memory: How memory is saved; by default as far as it has to be.
+        pairs: Keep each picture as a training pair as well.
         config: The resolved config, left in `run.json` beside the pictures and in their metadata.
 
     Returns:
@@ -84,6 +86,8 @@ def generate(
         base, method, sampling, loras or Loras(), photo, backend, *choose_device(device, dtype), memory or Memory()
     )
     folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
+    if pairs is not None:
+        folder = PairFolder.of(folder, pairs, base, pictures)
     selected = job.select(pictures)
     pending = folder.pending(selected, overwrite, job.goes_on)
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
@@ -128,7 +132,7 @@ def _make_all(
     Raises:
         SystemExit: Ctrl-C.
     """
-    pipeline = setup.load_decoder() if plan is None else setup.load(plan)
+    pipeline = setup.load_decoder() if plan is None else setup.load(plan, folder.texts)
     work = [_work(pipeline, picture, setup.sampling, job.stage) for picture in pictures]
     interrupted = False
     try:
@@ -136,12 +140,13 @@ def _make_all(
             workshop = Workshop(pipeline, setup.sampling, folder, progress.step, setup.photo)
             with Claims(folder.path) as claims:
                 for picture in pictures:
-                    _make(Making(workshop, picture), job.stage, claims, progress, plan)
+                    making = PairMaking if isinstance(folder, PairFolder) else Making
+                    _make(making(workshop, picture), job.stage, claims, progress, plan)
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:
         console.print("Interrupted; every step is saved. Go on with:", markup=False)
-        console.print(f"  {resume_command(folder.path)}", markup=False, soft_wrap=True)
+        console.print(f"  {folder.resume_command()}", markup=False, soft_wrap=True)
         sys.exit(INTERRUPTED_STATUS)
 
 
