@@ -53,9 +53,8 @@ def main(cfg: DictConfig) -> None:
         dtype=cfg.dtype, overwrite=cfg.overwrite, memory=hydra.utils.instantiate(cfg.memory),
         pairs=PairSettings(values["scales"], values["guidance_tokens"]), config=values,
     )  # fmt: skip
-    print(
-        f"{len(made)} of {len(pictures)} pairs are in {cfg.output}; train on them with data=pairs data.path={cfg.output}"
-    )
+    print(f"{len(made)} of {len(pictures)} pairs are in {cfg.output}. Train on them with:")
+    print(f"  python src/train.py experiment=... base={base.name} data=pairs data.path={cfg.output}")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,11 @@ def caption_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
 
 
+def guidance_name(scale: float) -> str:
+    """Name of the drafts' latents of a scale in the shards."""
+    return f"guidance.{float(scale):g}"
+
+
 def fingerprint_differences(cached: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One line for each part that differs, such as `data.crops.size: cached [256, 256], asked for [512, 512]`."""
     lines = []

@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scale_dit.data.cache import guidance_name
-from scale_dit.data.cache_store import ENCODED, INDEX, LatentCache, Record, encoder_weights
+from scale_dit.data.cache_store import ENCODED, INDEX, LatentCache, Record, encoder_weights, guidance_name
 from scale_dit.data.caption_files import METADATA
 from scale_dit.data.encoding import encode_drafts, guidance_size
 from scale_dit.errors import UserError
