@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -45,6 +45,11 @@ class CachedPairs(lightning.LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self.first_batch = 0
         self._earlier = 0
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(height, width) in px of the pictures."""
+        return self.latents.sizes
 
     @property
     def content(self) -> str:

@@ -73,7 +73,7 @@ class GeneratedPairs(CachedPairs):
         Raises:
             UserError: Naming each difference and what removes it.
         """
-        asked = {"token": self.base.token_size, "text_length": self.base.text_length}
+        asked: dict[str, int | None] = {"token": self.base.token_size, "text_length": self.base.text_length}
         remedies = {"token": "base=", "text_length": "base.text_length=", "max_tokens": "pattern="}
         if method.guidance:
             asked["max_tokens"] = method.guidance_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ class PhotoPairs(CachedPairs):
         """Open the cache that the first process has built."""
         self._cache_folder = self.trainer.strategy.broadcast(self._cache_folder)
         self.latents = CachedLatents(self._cache_folder)
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(height, width) in px of the cuts."""
+        return self.crops.sizes
 
     @property
     def content(self) -> str:
