@@ -127,12 +127,12 @@ def test_autocast_saves_memory(plan):
 
 
 def test_what_does_not_fit_names_what_does(plan):
-    way = replace(plan, batch_size=8)
+    way = replace(plan, batch_size=4, backend="masked")
     checkpointed = replace(way, gradient_checkpointing=True)
-    with pytest.raises(UserError, match=r"8 pictures of 128 x 128 px needs .* with model.gradient_checkpointing=true$"):
+    with pytest.raises(UserError, match=r"4 pictures of 128 x 128 px needs .* with model.gradient_checkpointing=true$"):
         way.check(checkpointed.peak)
     smaller = replace(checkpointed, batch_size=2)
-    options = "data.batch_size=2 trainer.accumulate_grad_batches=4"
+    options = "data.batch_size=2 trainer.accumulate_grad_batches=2"
     with pytest.raises(UserError, match=f"with model.gradient_checkpointing=true {options}$"):
         way.check(smaller.peak)
     with pytest.raises(UserError, match=r"still .*data.batch_size=1.*weights of the base.*base.native="):
