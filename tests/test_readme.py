@@ -66,7 +66,7 @@ def test_commands_compose(entry_point, arguments):
 
 def test_the_readme_holds_the_commands_that_matter():
     lines = {entry_point for entry_point, _ in command_lines()}
-    assert {"train", "eval", "generate"} <= lines
+    assert {"train", "eval", "generate", "make_pairs"} <= lines
     assert [len(jobs(arguments)) for _, arguments in command_lines() if "--multirun" in arguments] == [8]
 
 

@@ -97,9 +97,10 @@ class ScaleDiTModule(lightning.LightningModule):
         self.base_settings, self.method, self.lora_settings = base, method, lora
         self.plan_for(base.native, base.native)  # says what cannot be before weights are loaded
         initial = self._read_initial(initial_lora) if initial_lora else None
+        family = load_family(base)
         if before_loading is not None:
             before_loading(self)
-        self.base = load_family(base).load(
+        self.base = family.load(
             base, dtype=DTYPES[dtype], backend=backend, gradient_checkpointing=gradient_checkpointing
         )
         self.base.freeze()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from test_stages import Stop
-from training_runs import ROOT, overrides
+from training_runs import ROOT, SMALL_BASE, command_environment, overrides
 
 from scale_dit.data.cache import CachedLatents
 from scale_dit.data.encoding import reduce_pictures
@@ -142,6 +145,34 @@ def test_training_reads_pairs_and_encodes_nothing(folder, small_folder, tmp_path
         metrics, objects = train(config)
     assert objects["trainer"].global_step == 2
     assert metrics["train/loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(small_folder, tmp_path):
+    """The command itself, killed between two pairs, and taken up with the folder alone."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a large red circle on sand\na small blue star\n")
+    base = ["base=tiny", f"base.path={small_folder}", *SMALL_BASE, "device=cpu"]
+
+    def start(folder: str, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "src/make_pairs.py", *arguments, f"hydra.run.dir={tmp_path / folder}_log"]
+        return subprocess.Popen(command, cwd=ROOT, env=command_environment())
+
+    def first(folder: str) -> list[str]:
+        return [*base, f"prompts_file={prompts}", "n=3", "save_every=1", f"output={tmp_path / folder}"]
+
+    whole = start("whole", *first("whole"))
+    killed = start("killed", *first("killed"))
+    while not list((tmp_path / "killed" / "encoded").glob("shard-00001*")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert whole.wait() == 0
+    assert len(list((tmp_path / "killed" / "encoded").glob("shard*"))) < 6
+    assert start("killed", f"resume={tmp_path / 'killed'}").wait() == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob(".*.part"))
 
 
 def test_pairs_that_do_not_fit_are_refused(folder, small_settings, tmp_path):

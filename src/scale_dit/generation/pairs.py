@@ -197,7 +197,7 @@ class PairMaking(Making):
                 picture, base.encode_images, fingerprint["scales"], fingerprint["token"], fingerprint["max_tokens"]
             )
         encoded = {"latents": latents, **{guidance_name(scale): draft for scale, draft in drafts.items()}}
-        captions = self.folder.captions_of(self.picture)
+        captions = sorted(self.folder.captions_of(self.picture))  # the order of a set differs between processes
         texts = {caption: self.prompts.text if caption else base.encode_prompts([""]) for caption in captions}
         self.folder.keep_pair(self.picture, {name: tensor[0] for name, tensor in encoded.items()}, texts)
         self.folder.keep(self.picture, [picture[0]], self.cost, self.pipeline.decoding.mode)
