@@ -192,6 +192,8 @@ class OutputFolder:
 
     def finish(self, pictures: Sequence[Picture]) -> Path:
         """Write the list of those of the pictures that are there, which says that the run is finished."""
+        for partial in (*self.path.glob(f".{PICTURES}.part"), *self.path.glob(f"{LATENTS}/.{PICTURES}.part")):
+            partial.unlink(missing_ok=True)  # of a process that was killed while it wrote
         lines = []
         for picture in pictures:
             provenance = self.provenance(picture)
