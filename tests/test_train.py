@@ -115,7 +115,13 @@ def test_help_and_config_are_useful() -> None:
         ).stdout
 
     text = output("--help")
-    for expected in ("resume=", "klein_8k, scale_dit_4k, scale_dit_8k", "order: hilbert", "--multirun", "-sc install=bash"):
+    for expected in (
+        "resume=",
+        "klein_8k, scale_dit_4k, scale_dit_8k",
+        "order: hilbert",
+        "--multirun",
+        "-sc install=bash",
+    ):
         assert expected in text
     assert "scale_dit.lightning.ScaleDiTModule" in output("--cfg", "job", "experiment=scale_dit_4k", "base=tiny")
 

@@ -1,97 +1,119 @@
-"""Making parts of a picture anew, and pictures that join themselves at their edges."""
+"""Making parts of a picture: windows that are made anew, and windows that read a prompt of their own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy import ndimage
 from torch import Tensor
 
-from scale_dit.errors import UserError
 from scale_dit.grid import Grid
-from scale_dit.regions import Region
+from scale_dit.layout import Layout
+from scale_dit.models.text import Text
+from scale_dit.regions import Box, Region, regions_around, tokens_of_boxes, whole_windows
 from scale_dit.sampling import add_noise
-from scale_dit.stage import AfterStep, Stage
+from scale_dit.stage import AfterStep, LocalPrompt, Stage
 
-WRAPS = ("none", "horizontal", "both")
+
+@dataclass(frozen=True)
+class WindowPrompt:
+    """A prompt for all windows that a box, in px, touches."""
+
+    box: Box
+    prompt: str
+
+    def tokens(self, grid: Grid, token_size: int) -> Tensor:
+        """Tokens in the box, bool `[height, width]`.
+
+        Raises:
+            UserError: The box is empty or leaves the picture.
+        """
+        return tokens_of_boxes([self.box], grid, token_size)
+
+
+@dataclass(frozen=True)
+class WindowText:
+    """An encoded prompt for all windows that hold one of the touched tokens, bool `[height, width]`."""
+
+    touched: Tensor
+    text: Text
+
+
+def local_prompts(texts: Sequence[WindowText], layout: Layout, shift: tuple[int, int] = (0, 0)) -> list[LocalPrompt]:
+    """What a stage reads where, its picture moved by `shift` rows and columns of tokens.
+
+    Of windows with several texts, the last one counts.
+    """
+    return [
+        LocalPrompt(region, each.text)
+        for each in texts
+        for region in regions_around(layout, whole_windows(each.touched, layout).roll(shift, (0, 1)))
+    ]
 
 
 def remake(
     stage: Stage,
-    region: Region,
-    latents: Tensor,
-    begin: Tensor,
+    chosen: Tensor,
+    finished: Tensor,
     noise: Tensor,
     scheduler: FlowMatchEulerDiscreteScheduler,
     after_step: AfterStep | None = None,
+    *,
+    latents: Tensor | None = None,
 ) -> Tensor:
-    """Denoise a region's chosen windows anew; all else stays bit by bit.
+    """Denoise chosen tokens of a finished picture anew; all else stays bit by bit.
 
     What is kept is noised along with them, so that they grow into it: x_t = (1 - t) x_0 + t eps (as in RePaint, Lugmayr
-    et al. 2022, with one noise for all levels). Steps cost as much as the region's box has tokens.
+    et al. 2022, with one noise for all levels). A step costs as much as the boxes around the tokens have tokens.
 
     Args:
         stage: Of the whole picture.
-        region: What is made anew.
-        latents: The finished picture, `[B, C, h, w]`.
-        begin: What the chosen windows begin from, noised to the scheduler's first level: the upsampled draft, or the
-            finished picture itself. Without effect at level 1.
+        chosen: Bool `[height, width]`, in tokens.
+        finished: The picture, `[B, C, h, w]`.
         noise: `[B, C, h, w]`.
+        latents: What steps before the scheduler's first led to; by default nothing went before, and the picture is
+            noised to the first level.
 
     Returns:
         `[B, C, h, w]` float32.
     """
+    finished, sigmas = finished.float(), scheduler.sigmas.tolist()
     grid = stage.plan.layout.image
-    kept, fresh, eps = (region.crop(each.float(), grid) for each in (latents, begin, noise))
-    sigmas = scheduler.sigmas.tolist()
-    chosen = region.mask(kept)
+    everything = Region(range(grid.height), range(grid.width), chosen)
+    changes = everything.mask(finished)
 
     def hold(index: int, timestep: Tensor, current: Tensor) -> Tensor:
-        if after_step is not None and (changed := after_step(index, timestep, current)) is not None:
-            current = changed
-        return torch.where(chosen, current, add_noise(kept, eps, sigmas[index + 1]))
+        held = torch.where(changes, current, add_noise(finished, noise, sigmas[index + 1]))
+        changed = after_step(index, timestep, held) if after_step is not None else None
+        return held if changed is None else changed
 
-    first = add_noise(torch.where(chosen, fresh, kept), eps, sigmas[0])
-    return region.paste(latents.float(), stage.within(region).sample(first, scheduler, hold), grid)
-
-
-@dataclass(frozen=True)
-class Shift:
-    """How far a picture and its draft are moved, in tokens along rows and columns."""
-
-    image: tuple[int, int]
-    draft: tuple[int, int]
+    first = add_noise(finished, noise, sigmas[0]) if latents is None else latents
+    return _limited(stage, chosen).sample(first, scheduler, hold)
 
 
-def wrap_shift(image: Grid, draft: Grid | None, wrap: str) -> Shift:
-    """How far every second step sees a picture moved so that it joins itself: about half of it.
+def _limited(stage: Stage, chosen: Tensor) -> Stage:
+    """The stage over chosen tokens, bool `[height, width]`, alone."""
 
-    By whole cells of the picture, and by whole tokens of the draft: as far as their sides allow, by the same share.
+    def concerns(part: LocalPrompt) -> bool:
+        rows, columns = (slice(side.start, side.stop) for side in (part.region.rows, part.region.columns))
+        return bool((chosen[rows, columns] & part.region.chosen).any())
 
-    Raises:
-        UserError: `wrap` is unknown.
+    rolled = None if stage.rolled is None else _limited(stage.rolled, chosen.roll(stage.shift, (0, 1)))
+    regions = regions_around(stage.plan.layout, chosen)
+    return replace(stage, regions=regions, local=[part for part in stage.local if concerns(part)], rolled=rolled)
+
+
+def blending(chosen: Tensor, token_size: int) -> Tensor:
+    """Weights `[H, W]` in [0, 1] of a new picture over an old one.
+
+    They rise over one token from the border of the chosen tokens, bool `[height, width]`, inwards, so that nothing
+    outside changes and no line shows; at the picture's edges there is nothing to blend with.
     """
-    if wrap not in WRAPS:
-        raise UserError(f"unknown wrap {wrap!r}: use one of {', '.join(WRAPS)}")
-    moved = [
-        _half(side, draft_side, image.cell)
-        for side, draft_side in zip(
-            (image.height, image.width), (draft.height, draft.width) if draft else (1, 1), strict=True
-        )
-    ]
-    wanted = {"none": (0, 0), "horizontal": (0, 1), "both": (1, 1)}[wrap]
-    rows, columns = ((move[0] * use, move[1] * use) for move, use in zip(moved, wanted, strict=True))
-    return Shift((rows[0], columns[0]), (rows[1], columns[1]))
-
-
-def _half(side: int, draft_side: int, cell: int) -> tuple[int, int]:
-    """Tokens of the picture and of the draft, about half of either, that are most nearly the same share."""
-
-    def error(tokens: int) -> tuple[float, int]:
-        share = tokens * draft_side / side
-        return abs(share - round(share)), abs(2 * tokens - side)
-
-    nearest = min(range(0, side, cell), key=lambda tokens: abs(2 * tokens - side))
-    tokens = min((each for each in range(0, side, cell) if abs(each - nearest) <= side / 8), key=error)
-    return tokens, round(tokens * draft_side / side)
+    pixels = chosen.repeat_interleave(token_size, 0).repeat_interleave(token_size, 1)
+    around = torch.nn.functional.pad(pixels[None, None].float(), (token_size,) * 4, mode="replicate")[0, 0] > 0
+    depth = torch.from_numpy(ndimage.distance_transform_cdt(around.numpy(), "chessboard"))
+    inside = depth[token_size:-token_size, token_size:-token_size]
+    return ((inside - 0.5) / token_size).clamp(0, 1)

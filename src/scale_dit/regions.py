@@ -109,16 +109,15 @@ def whole_windows(touched: Tensor, layout: Layout) -> Tensor:
     return result
 
 
-def regions_of(layout: Layout, touched: Tensor, margin: int | None = None) -> list[Region]:
-    """Regions that hold all touched windows, each window in one of them; windows close together share one.
+def regions_around(layout: Layout, chosen: Tensor, margin: int | None = None) -> list[Region]:
+    """Regions that hold all chosen tokens, each in one of them; tokens close together share one.
 
     Args:
         layout: of the whole picture.
-        touched: tokens, bool `[height, width]`.
-        margin: tokens around the windows that are computed with them, so that their neighbours are known; rounded up
-            to whole cells. By default a window.
+        chosen: tokens, bool `[height, width]`; see `whole_windows`.
+        margin: tokens around them that are computed with them, so that their neighbours are known; rounded up to whole
+            cells. By default a window.
     """
-    chosen = whole_windows(touched, layout)
     cell = layout.image.cell
     margin = (layout.window or 0) if margin is None else margin
     around = _grown(chosen, -(-margin // cell) * cell)
@@ -131,6 +130,11 @@ def regions_of(layout: Layout, touched: Tensor, margin: int | None = None) -> li
         box_rows, box_columns = (range(side.start, side.stop) for side in box)
         regions.append(Region(box_rows, box_columns, mine))
     return regions
+
+
+def share_of_boxes(chosen: Tensor, layout: Layout) -> float:
+    """Tokens of the boxes around chosen tokens, bool `[height, width]`, as a share of the picture's."""
+    return sum(region.tokens for region in regions_around(layout, chosen)) / layout.image.tokens
 
 
 def _grown(tokens: Tensor, by: int) -> Tensor:

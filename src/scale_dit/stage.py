@@ -38,6 +38,8 @@ class Stage:
         guidance_scale: Of classifier-free guidance, or the input of a distilled base.
         keys_values: The draft's keys and values in every block; the same in every step and in both branches.
         pull: The draft at the picture's size, towards which low frequencies are pulled, and how.
+        regions: All of the picture that changes, each computed in a pass over its box alone; elsewhere the velocity is
+            0. `None`: everything changes.
         local: Windows with prompts of their own: there, the velocity is that of a pass over their region alone.
         rolled: The same stage over the draft moved as the picture is by `shift`.
         shift: How far every second step sees the picture moved, in rows and columns of tokens, what leaves it at one
@@ -51,6 +53,7 @@ class Stage:
     guidance_scale: float
     keys_values: Sequence[KeysValues] | None = None
     pull: tuple[Tensor, LowPass] | None = None
+    regions: Sequence[Region] | None = None
     local: Sequence[LocalPrompt] = ()
     rolled: Stage | None = None
     shift: tuple[int, int] = (0, 0)
@@ -69,21 +72,30 @@ class Stage:
         return denoise(alternating, latents, scheduler, after_step)
 
     def within(self, region: Region) -> Stage:
-        """The stage over a region's box alone."""
-        pull = self.pull and (region.crop(self.pull[0], self.plan.layout.image), self.pull[1])
-        return replace(self, plan=self.plan.box(region.rows, region.columns), pull=pull, local=(), rolled=None)
+        """The stage over a region's box alone; the pull is that of the whole."""
+        plan = self.plan.box(region.rows, region.columns)
+        return replace(self, plan=plan, pull=None, regions=None, local=(), rolled=None)
 
     def velocity(self, latents: Tensor, sigma: float) -> Tensor:
         """Velocity `[B, C, h, w]`, float32, of latents at a noise level."""
-        grid = self.plan.layout.image
-        velocity = self._guided(latents, sigma)
+        if self.regions is None:
+            velocity = self._guided(latents, sigma)
+        else:
+            velocity = torch.zeros_like(latents, dtype=torch.float32)
+            for region in self.regions:
+                velocity = self._pasted(velocity, region, self.text, latents, sigma)
         for part in self.local:
-            inside = replace(self.within(part.region), text=part.text, pull=None)
-            velocity = part.region.paste(velocity, inside.velocity(part.region.crop(latents, grid), sigma), grid)
+            velocity = self._pasted(velocity, part.region, part.text, latents, sigma)
         if self.pull is None:
             return velocity
         draft, low_pass = self.pull
         return low_pass_guidance(velocity, latents, draft, sigma, low_pass, self.plan.method.scale)
+
+    def _pasted(self, velocity: Tensor, region: Region, text: Text, latents: Tensor, sigma: float) -> Tensor:
+        """A velocity with that of a pass over a region's box in place of the region's."""
+        grid = self.plan.layout.image
+        inside = replace(self.within(region), text=text)
+        return region.paste(velocity, inside.velocity(region.crop(latents, grid), sigma), grid)
 
     def _moved_velocity(self, latents: Tensor, sigma: float) -> Tensor:
         assert self.rolled is not None

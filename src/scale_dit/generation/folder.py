@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,8 @@ class OutputFolder:
             seconds = sum(provenance.get("seconds", {}).values())
             entry = {"file": self.file(picture).name, **asdict(picture), "seconds": round(seconds, 3)}
             del entry["index"]
+            if not picture.window_prompts:
+                del entry["window_prompts"]
             lines.append(json.dumps(entry, ensure_ascii=False))
         with writing(self.path):
             write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
@@ -191,7 +193,7 @@ class OutputFolder:
 
     def draft_fingerprint(self, picture: Picture) -> str:
         """Digest of everything that decides what a draft is."""
-        return self._digest(picture, self._without(*OF_REFINEMENT) | {"method": None})
+        return self._digest(replace(picture, window_prompts=()), self._without(*OF_REFINEMENT) | {"method": None})
 
     def latents_fingerprint(self, picture: Picture) -> str:
         """Digest of everything that decides what a picture's latents are: all but the way they are decoded."""
@@ -207,7 +209,8 @@ class OutputFolder:
 
     @staticmethod
     def _digest(picture: Picture, settings: Mapping[str, Any]) -> str:
-        own = {"negative_prompt": picture.negative_prompt, "height": picture.height, "width": picture.width}
+        own = asdict(picture)
+        del own["index"], own["prompt"], own["seed"]
         return fingerprint({**settings, **own}, picture.prompt, picture.seed)
 
     def _remove_earlier(self) -> None:

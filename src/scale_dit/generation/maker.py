@@ -110,7 +110,8 @@ class Making:
     @cached_property
     def _prompts(self) -> Prompts:
         with self._cost("text"):
-            return self.pipeline.encode([self.picture.prompt], self.picture.negative_prompt, self.recipe)
+            picture = self.picture
+            return self.pipeline.encode([picture.prompt], picture.negative_prompt, self.recipe, picture.window_prompts)
 
     @cached_property
     def _drafted(self) -> PhotoLatents:

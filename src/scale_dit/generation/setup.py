@@ -14,6 +14,7 @@ from scale_dit.data.cache_store import weights_fingerprint
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
+from scale_dit.generation.remake import Remake
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
@@ -36,6 +37,17 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     memory: Memory
+    remake: Remake | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory.decode != "auto":
+            _ = self.decoding  # says what cannot be
+
+    @property
+    def decoding(self) -> Decoding:
+        """How pictures are decoded."""
+        tile = self.sampling.decode_tile
+        return Decoding(self.memory.decode, tile, tile // 4, self.sampling.wrap)
 
     def settings(self) -> dict[str, Any]:
         """All that decides what pictures look like, as plain values.
@@ -46,7 +58,11 @@ class Setup:
         found: dict[str, Any] = {name: asdict(getattr(self, name)) for name in ("base", "method", "sampling")}
         weights = weights_fingerprint(self.base.path, WEIGHTS) if Path(self.base.path).is_dir() else None
         found |= {"dtype": str(self.dtype), "weights": weights, **self.loras.settings(self.base)}
-        return found if self.photo is None else found | {"draft": self.photo.digest}
+        if self.photo is not None:
+            found["draft"] = self.photo.digest
+        if self.remake is not None:
+            found["remake"] = self.remake.settings()
+        return found
 
     def plan(self, pictures: Sequence[Picture]) -> RunPlan:
         """How the pictures are made, and what that takes.
@@ -55,8 +71,9 @@ class Setup:
             UserError: The largest does not fit.
         """
         return RunPlan(
-            pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype
-        )
+            pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype,
+            self.remake,
+        )  # fmt: skip
 
     def load(self, plan: RunPlan) -> ScaleDiTPipeline:
         """The pipeline, brought to the device as planned."""
@@ -72,12 +89,9 @@ class Setup:
         base = replace(self.base, transformer_file=None)
         pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=self.dtype, **absent)
         self._configure(pipeline)
-        pipeline.decoding = replace(pipeline.decoding, mode=self.memory.decode)
         pipeline.to(self.device)
         return pipeline
 
     def _configure(self, pipeline: ScaleDiTPipeline) -> None:
         pipeline.configure(self.base, self.backend)
-        pipeline.method = self.method
-        tile = self.sampling.decode_tile
-        pipeline.decoding = Decoding(tile=tile, overlap=tile // 4)
+        pipeline.method, pipeline.decoding = self.method, self.decoding

@@ -66,8 +66,11 @@ class Memory:
         if self.limit_gb is not None and not self.limit_gb > 0:
             raise UserError(f"memory.limit_gb is {self.limit_gb}, but it must be positive; null is what is free")
 
-    def ways(self, on_gpu: bool) -> Iterator[Memory]:
+    def ways(self, on_gpu: bool, joined: bool = False) -> Iterator[Memory]:
         """All ways that these settings leave open, the fastest first; without a GPU there is nothing to offload from.
+
+        Args:
+            joined: Pictures join themselves at their edges, which the stock decoder cannot do.
 
         Raises:
             UserError: Offloading is asked for that needs a GPU.
@@ -83,7 +86,7 @@ class Memory:
             ("group", PART, "host"),
         )
         # Untiled is slower on a GPU; on a CPU, where planes are kept is all the same.
-        decodes = ("streamed", "host") if on_gpu else ("whole", "streamed")
+        decodes = ("streamed", "host") if on_gpu or joined else ("whole", "streamed")
         steps = ladder if on_gpu else (("none", 0, "device"), ("text", PART, "device"))
         found = []
         for (offload, tokens, place), decode in product(steps, decodes):

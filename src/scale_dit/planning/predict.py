@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from scale_dit.errors import UserError
@@ -35,6 +35,19 @@ class Prediction:
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
 
+    def of_boxes(self, share: float) -> Prediction:
+        """Where the base computes in boxes alone, that are a share of the picture, and nothing drafts.
+
+        Peaks are those of the whole, which are not exceeded.
+        """
+        factors = {"draft": 0.0, "refine": share}
+        seconds = {stage: factors.get(stage, 1.0) * spent for stage, spent in self.seconds.items()}
+        return replace(self, seconds=seconds)
+
+    def with_boxes(self, share: float) -> Prediction:
+        """Where boxes that are a share of the picture are computed beside the whole at each step of the refinement."""
+        return replace(self, seconds=self.seconds | {"refine": (1 + share) * self.seconds["refine"]})
+
     @property
     def peak(self) -> int:
         """Most bytes of all stages."""
@@ -62,7 +75,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.weights = Weights.of(self.components, self.settings.weights)
-        self.ways = list(self.settings.ways(self.on_gpu))
+        self.ways = list(self.settings.ways(self.on_gpu, self.tracer.sampling.wrap != "none"))
         self.predict = lru_cache(maxsize=None)(self._predict)
 
     def _predict(self, height: int, width: int, way: Memory) -> Prediction:

@@ -16,12 +16,14 @@ from scale_dit.planning.calibrate import measure
 from scale_dit.planning.components import Components
 from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name, find_machine, free_bytes
 from scale_dit.planning.memory import Memory
-from scale_dit.planning.predict import Planner
+from scale_dit.planning.predict import Planner, Prediction
 from scale_dit.planning.report import Actual, before
 from scale_dit.planning.work import Tracer
+from scale_dit.regions import share_of_boxes, whole_windows
 
 if TYPE_CHECKING:
     from scale_dit.generation.pictures import Picture, Sampling
+    from scale_dit.generation.remake import Remake
 
 MARGIN = 0.95
 """Share of the free memory that a plan may use: allocators lose some between tensors."""
@@ -36,6 +38,7 @@ class RunPlan:
         memory: What the user set.
         backend: Attention backend.
         device, dtype: Where, and in which precision.
+        remake: Windows of a finished picture that are all that is made.
 
     Raises:
         UserError: The largest picture does not fit in any way that is left open; with the largest size that does.
@@ -51,8 +54,10 @@ class RunPlan:
         backend: str,
         device: torch.device,
         dtype: torch.dtype,
+        remake: Remake | None = None,
     ):
         self.pictures, self.base, self.sampling, self.device = pictures, base, sampling, device
+        self.method, self.remake = method, remake
         components = Components.of(base, dtype)
         tracer = Tracer(base, method, sampling, components, backend, device)
         self.machine = machine_of(device, dtype)
@@ -64,22 +69,37 @@ class RunPlan:
     def show(self, console: Console) -> None:
         """Print what the largest picture will take."""
         largest = max(self.pictures, key=lambda each: each.height * each.width)
-        found = self.planner.predict(largest.height, largest.width, self.memory)
-        console.print(before(found, len(self.pictures), self.limit, self.machine.name))
+        console.print(before(self._predicted(largest), len(self.pictures), self.limit, self.machine.name))
 
     def prepare(self, pipeline: ScaleDiTPipeline) -> None:
         """Bring a pipeline that is in host memory to the device as planned."""
-        prompts = {(text,) for each in self.pictures for text in (each.prompt, each.negative_prompt)}
+        prompts = {
+            (text,)
+            for each in self.pictures
+            for text in (each.prompt, each.negative_prompt, *(window.prompt for window in each.window_prompts))
+        }
         apply_memory(pipeline, self.memory, self.device, sorted(prompts))
 
     def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
         """Note what a picture took, by stage."""
-        self.actual.add(self.planner.predict(picture.height, picture.width, self.memory), seconds, peak_bytes)
+        self.actual.add(self._predicted(picture), seconds, peak_bytes)
 
     def show_actual(self, console: Console) -> None:
         """Print what the pictures took beside what was predicted."""
         if self.actual.pictures:
             console.print(self.actual.table())
+
+    def _predicted(self, picture: Picture) -> Prediction:
+        """What a picture takes, windows with prompts of their own included."""
+        found = self.planner.predict(picture.height, picture.width, self.memory)
+        if self.remake is None and not picture.window_prompts:
+            return found
+        layout = self.sampling.recipe(self.base, self.method, picture.height, picture.width).plan.layout
+        token = self.base.token_size
+        if self.remake is not None:
+            return found.of_boxes(share_of_boxes(self.remake.chosen(layout, token), layout))
+        touched = (each.tokens(layout.image, token) for each in picture.window_prompts)
+        return found.with_boxes(sum(share_of_boxes(whole_windows(each, layout), layout) for each in touched))
 
 
 def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
