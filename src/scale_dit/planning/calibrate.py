@@ -19,6 +19,7 @@ from scale_dit.device import choose_device
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name
+from scale_dit.planning.practice import in_practice
 from scale_dit.provenance import versions_line
 
 BATCHES = 3
@@ -28,7 +29,12 @@ SMALL_OPERATIONS = 200
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure a device: seconds on a GPU, about ten on a processor, whose sizes are smaller."""
+    """Measure a device: half a minute on a GPU, as on a processor, whose sizes are smaller."""
+    return in_practice(rates(device, dtype), device, dtype)
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> Machine:
+    """How fast single operations are."""
     large = device.type == "cuda"
 
     def random(*shape: int) -> torch.Tensor:

@@ -87,20 +87,16 @@ class Planner:
         return Prediction(height, width, way, {name: seconds[name] for name in peak_bytes}, peak_bytes)
 
     def _seconds(self, work: Work, way: Memory) -> dict[str, float]:
-        spent = self.machine.seconds
+        spent, practice = self.machine.seconds, self.machine.practice
         copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
         draft_steps = work.draft_steps if work.draft is not None else 0
         draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
         refine = self._passes(spent(work.refine), work.refine_steps, way)
         refine += self._passes(spent(work.guidance), 1, way) if work.guidance is not None else 0.0
-        return {
-            "text": spent(work.text) + copied["text"],
-            "draft": draft + copied["draft"],
-            "refine": refine,
-            "decode": spent(work.decode[way.decode])
-            + copied["decode"]
-            + self._planes(work, way) / self.machine.host_copy,
-        }
+        text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
+        computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
+        copied["decode"] += self._planes(work, way) / self.machine.host_copy
+        return {stage: practice.get(stage, 1.0) * seconds + copied[stage] for stage, seconds in computed.items()}
 
     def _passes(self, seconds: float, count: int, way: Memory) -> float:
         """Seconds of `count` steps; weights that are not on the card come while others compute, or it waits."""
