@@ -12,7 +12,7 @@ BLOCK = 8192
 """Scores of a row that one program takes at a time: enough in flight that memory is kept busy."""
 TILING = (64, 32, 8, 2)
 """Queries and keys of a tile, warps and stages. At 512 columns the output of 64 queries in float32 is half of a
-multiprocessor's registers; the queries, and two tiles each of keys and values, are 192 KB, most of its shared memory."""
+multiprocessor's registers; queries, and two tiles each of keys and values, are 192 KB, most of its shared memory."""
 
 
 @triton.jit

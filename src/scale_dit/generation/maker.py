@@ -55,11 +55,11 @@ class Making:
         )
         self.cost = StageCost()
 
-    @property
-    def whole(self) -> bool:
-        """Whether every stage ran, so that the cost is that of a picture."""
+    def is_whole(self, stage: str) -> bool:
+        """Whether every stage ran, so that the cost is that of a picture, or of a draft where `stage` is `draft`."""
         drafts = {"draft"} if self.recipe.needs_draft else set()
-        return self.cost.seconds.keys() >= {"text", "refine", "decode"} | drafts and not self.resumed
+        refines = {"refine"} if stage != "draft" else set()
+        return self.cost.seconds.keys() >= {"text", "decode"} | drafts | refines and not self.resumed
 
     def draft(self) -> None:
         """Make the draft, and a preview of it as a picture.

@@ -28,8 +28,7 @@ class Remaking(Making):
         self.layout, self.token_size = self.recipe.plan.layout, self.pipeline.settings.token_size
         self.chosen = remake.chosen(self.layout, self.token_size)
 
-    @property
-    def whole(self) -> bool:
+    def is_whole(self, stage: str) -> bool:
         """Whether every stage ran."""
         return self.cost.seconds.keys() >= {"text", "refine", "decode"} and not self.resumed
 

@@ -96,8 +96,8 @@ def generate(
         console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")
     pending = _with_work(pending, folder, sampling.steps_of(base), job.stage, console)
     if pending:
-        plan = setup.plan(pending) if job.stage != "decode" else None
-        if plan is not None and job.stage != "draft":
+        plan = setup.plan(pending, job.stage == "draft") if job.stage != "decode" else None
+        if plan is not None:
             plan.show(console)
         _make_all(setup, plan, pending, folder, job, console)
         if plan is not None:
@@ -170,7 +170,7 @@ def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgre
         making.refine_and_decode()
     claims.release(picture.index)
     making.pipeline.maybe_free_model_hooks()
-    if plan is not None and making.whole:
+    if plan is not None and making.is_whole(stage):
         plan.note(picture, making.cost.seconds, making.cost.peak_bytes)
     progress.end()
 

@@ -64,15 +64,15 @@ class Setup:
             found["remake"] = self.remake.settings()
         return found
 
-    def plan(self, pictures: Sequence[Picture]) -> RunPlan:
-        """How the pictures are made, and what that takes.
+    def plan(self, pictures: Sequence[Picture], drafts_only: bool = False) -> RunPlan:
+        """How the pictures are made, or their drafts alone, and what that takes.
 
         Raises:
             UserError: The largest does not fit.
         """
         return RunPlan(
             pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype,
-            self.remake,
+            self.remake, drafts_only,
         )  # fmt: skip
 
     def load(self, plan: RunPlan) -> ScaleDiTPipeline:

@@ -183,10 +183,12 @@ def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str
     resident = weights.resident(memory.offload)
     kept = work.guidance.kept if work.guidance is not None else 0
     on_device = kept if memory.keys_values == "device" else ON_DEVICE_AT_ONCE * kept // blocks
-    refine = max(on_device + work.refine.peak, work.guidance.peak if work.guidance is not None else 0)
-    working = {"text": work.text.peak, "refine": refine, "decode": work.decode_peaks[memory.decode]}
+    working = {"text": work.text.peak, "decode": work.decode_peaks[memory.decode]}
     if work.draft is not None:
         working["draft"] = work.draft.peak
+    if work.refine is not None:
+        passed = work.guidance.peak if work.guidance is not None else 0
+        working["refine"] = max(on_device + work.refine.peak, passed)
     return {
         stage: resident[stage] + working[stage] + WORKSPACE
         for stage in ("text", "draft", "refine", "decode")

@@ -91,7 +91,7 @@ class Planner:
         copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
         draft_steps = work.draft_steps if work.draft is not None else 0
         draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
-        refine = self._passes(spent(work.refine), work.refine_steps, way)
+        refine = self._passes(spent(work.refine), work.refine_steps, way) if work.refine is not None else 0.0
         refine += self._passes(spent(work.guidance), 1, way) if work.guidance is not None else 0.0
         text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
         computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
@@ -162,7 +162,7 @@ class Planner:
             for stage, low in lows.items()
             if highs[stage] > low
         ]
-        side = math.sqrt(max(0.0, min(1.0, *shares)))
+        side = math.sqrt(max(0.0, min([1.0, *shares])))
         while side * min(height, width) > smallest:
             size = self._sized(height, width, side)
             if self.predict(*size, way).peak <= limit:

@@ -39,6 +39,7 @@ class RunPlan:
         backend: Attention backend.
         device, dtype: Where, and in which precision.
         remake: Windows of a finished picture that are all that is made.
+        drafts_only: Whether drafts are all that is made.
 
     Raises:
         UserError: The largest picture does not fit in any way that is left open; with the largest size that does.
@@ -55,11 +56,12 @@ class RunPlan:
         device: torch.device,
         dtype: torch.dtype,
         remake: Remake | None = None,
+        drafts_only: bool = False,
     ):
         self.pictures, self.base, self.sampling, self.device = pictures, base, sampling, device
         self.method, self.remake = method, remake
         components = Components.of(base, dtype)
-        tracer = Tracer(base, method, sampling, components, backend, device)
+        tracer = Tracer(base, method, sampling, components, backend, device, drafts_only)
         self.machine = machine_of(device, dtype)
         self.planner = Planner(tracer, components, self.machine, memory, device.type == "cuda")
         self.limit = int(MARGIN * free_bytes(device)) if memory.limit_gb is None else int(memory.limit_gb * 1e9)
@@ -92,7 +94,7 @@ class RunPlan:
     def _predicted(self, picture: Picture) -> Prediction:
         """What a picture takes, windows with prompts of their own included."""
         found = self.planner.predict(picture.height, picture.width, self.memory)
-        if self.remake is None and not picture.window_prompts:
+        if "refine" not in found.seconds or (self.remake is None and not picture.window_prompts):
             return found
         layout = self.sampling.recipe(self.base, self.method, picture.height, picture.width).plan.layout
         token = self.base.token_size
