@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -104,9 +106,7 @@ def weigh(scores: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Ten
     return weights, sums
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, tiling: tuple[int, int, int, int] | None = None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, tiling: Sequence[int] | None = None) -> Tensor:
     """See `wide.attend_wide`; a tiling other than `TILING` can be given."""
     block_m, block_n, warps, stages = tiling or TILING
     heads, rows, width = query.shape

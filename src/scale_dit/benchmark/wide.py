@@ -49,10 +49,10 @@ class WideAttentionBenchmark:
                 torch.randn(count, self.width, generator=generator, device="cuda", dtype=torch.bfloat16)
                 for count in (min(self.queries, pixels), pixels, pixels)
             )
-            implementations = {way: partial(_by_way, way=way) for way in self.ways}
+            implementations: dict[str, Callable[..., Tensor]] = {way: partial(_by_way, way=way) for way in self.ways}
             for tiling in self.tilings:
-                implementations["fused " + "x".join(map(str, tiling))] = partial(_by_tiling, tiling=tuple(tiling))
-            calls = {
+                implementations["fused " + "x".join(map(str, tiling))] = partial(_by_tiling, tiling=tiling)
+            calls: dict[str, Callable[[], object]] = {
                 name: partial(code, query, key, value)
                 for name, code in implementations.items()
                 if _is_right(name, code, query, key, value)
@@ -73,7 +73,7 @@ def _by_way(query: Tensor, key: Tensor, value: Tensor, way: str) -> Tensor:
     return attend_all(query[None, None], key[None, None], value[None, None], way=way)[0, 0]
 
 
-def _by_tiling(query: Tensor, key: Tensor, value: Tensor, tiling: tuple[int, int, int, int]) -> Tensor:
+def _by_tiling(query: Tensor, key: Tensor, value: Tensor, tiling: Sequence[int]) -> Tensor:
     from scale_dit_kernels import wide_kernels  # which needs Triton
 
     return wide_kernels.attend(query[None], key[None], value[None], query.shape[1] ** -0.5, tiling)[0]
