@@ -28,6 +28,8 @@ RESULTS = 5
 """What comes of a band of its queries: in parts, joined, by heads, projected, and with the input added."""
 BAND_BYTES = 22
 """For each element of a band, whatever its dtype: norms are computed in float32."""
+COPIES = 5
+"""Bands that are on their way between the card and planes in host memory: three that come, two that go."""
 BAND_ELEMENTS = 2**26
 """Elements of a band's widest activation."""
 
@@ -55,13 +57,13 @@ def decode_bytes(
         largest = max(max(before, mine) * pixels for before, mine, pixels in levels)
         return max(WHOLE_DECODER * largest, _attention_elements(levels)) * vae.dtype.itemsize
     if mode != "tiled":
-        return _streamed_bytes(vae, levels, mode == "host", band_elements, device)
-    middle = _streamed_bytes(vae, levels, True, band_elements, device)
+        return _streamed_bytes(vae, levels, mode, band_elements, device)
+    middle = _streamed_bytes(vae, levels, "tiled", band_elements, device)
     _, deepest, pixels = levels[0]
     kept = deepest * pixels * vae.dtype.itemsize
     # Those that statistics are measured on go through the layers together.
     sides = (min(SAMPLED, -(-side // tile)) * min(tile, side) for side in (height, width))
-    return max(middle, kept + _streamed_bytes(vae, _levels(channels, *sides), False, band_elements, device))
+    return max(middle, kept + _streamed_bytes(vae, _levels(channels, *sides), "streamed", band_elements, device))
 
 
 def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: int = BAND_ELEMENTS) -> int:
@@ -74,20 +76,21 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
     if mode == "whole":
         largest = max(channels * pixels for _, channels, pixels in levels)
         return max(WHOLE_ENCODER * largest, _attention_elements(levels)) * vae.dtype.itemsize
-    return _streamed_bytes(vae, levels, mode == "host", band_elements, None)
+    return _streamed_bytes(vae, levels, mode, band_elements, None)
 
 
-def _streamed_bytes(vae: Any, levels: Levels, on_host: bool, band_elements: int, device: torch.device | None) -> int:
+def _streamed_bytes(vae: Any, levels: Levels, mode: str, band_elements: int, device: torch.device | None) -> int:
     _, deepest, pixels = levels[0]
     queries = min(pixels, band_elements // 4 // deepest)
     each_score = HELD[way_on(vae.device if device is None else device, vae.dtype, deepest)]
     scores = round(each_score * min(SCORE_BYTES, 4 * pixels * queries))
     scores += RESULTS * queries * deepest * vae.dtype.itemsize
     widest = max(max(before, channels) * pixels for before, channels, pixels in levels)
-    band = BAND_BYTES * min(band_elements, widest)
+    copies = COPIES * vae.dtype.itemsize if mode == "host" else 0
+    band = (BAND_BYTES + copies) * min(band_elements, widest)
     # Scores are there when no convolution runs.
     held = _attention_elements(levels) * vae.dtype.itemsize + max(scores, band)
-    if on_host:
+    if mode != "streamed":  # tiles: what comes before them
         return held
     planes = max(STREAMED * channels * pixels for _, channels, pixels in levels)
     return max(held, planes * vae.dtype.itemsize + band)

@@ -95,8 +95,10 @@ class Planner:
         refine += self._passes(spent(work.guidance), 1, way) if work.guidance is not None else 0.0
         text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
         computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
-        copied["decode"] += self._planes(work, way) / self.machine.host_copy
-        return {stage: practice.get(stage, 1.0) * seconds + copied[stage] for stage, seconds in computed.items()}
+        found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
+        # Planes come and go while others are computed.
+        found["decode"] = max(found["decode"], self._planes(work, way) / self.machine.host_copy)
+        return {stage: seconds + copied[stage] for stage, seconds in found.items()}
 
     def _passes(self, seconds: float, count: int, way: Memory) -> float:
         """Seconds of `count` steps; weights that are not on the card come while others compute, or it waits."""
