@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from scale_dit.autoencoder import Decoding
-from scale_dit.data.cache_store import weights_fingerprint
+from scale_dit.data.cache_store import file_fingerprint, weights_fingerprint
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.remake import Remake
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.single_file import check_transformer_file
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 from scale_dit.planning.run import RunPlan
@@ -53,11 +54,16 @@ class Setup:
         """All that decides what pictures look like, as plain values.
 
         Raises:
-            UserError: A LoRA cannot be read, or is another base's.
+            UserError: A LoRA or the transformer's file cannot be read, or a LoRA is another base's.
         """
+        check_transformer_file(self.base.transformer_file)
         found: dict[str, Any] = {name: asdict(getattr(self, name)) for name in ("base", "method", "sampling")}
         weights = weights_fingerprint(self.base.path, WEIGHTS) if Path(self.base.path).is_dir() else None
         found |= {"dtype": str(self.dtype), "weights": weights, **self.loras.settings(self.base)}
+        if self.base.transformer_file is not None:
+            found["transformer_file"] = file_fingerprint(self.base.transformer_file)
+        if self.memory.weights != "native":
+            found["stored_weights"] = self.memory.weights
         if self.photo is not None:
             found["draft"] = self.photo.digest
         if self.remake is not None:
