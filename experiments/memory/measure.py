@@ -1,8 +1,9 @@
-"""Seconds and peak memory of FLUX.1's shape on one GPU, beside what was planned. Each command takes below 500 s.
+"""Seconds and peak memory of full-size bases on one GPU, beside what was planned. Each command takes below 500 s.
 
 python experiments/memory/measure.py steps --px 4096
-python experiments/memory/measure.py pictures --px 2048 4096
-python experiments/memory/measure.py pictures --px 8192 --steps 8
+python experiments/memory/measure.py steps --px 2048 6144 8192 10240x4096 --kinds stock_eager
+python experiments/memory/measure.py pictures --px 2048 4096 6144 8192 10240x4096
+python experiments/memory/measure.py pictures --px 4096 8192 --base klein_9b
 python experiments/memory/measure.py pictures --px 2048 4096 8192 --steps 1 --cap 40
 python experiments/memory/measure.py least --px 2048 4096 8192
 python experiments/memory/run.py
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxPipeline
@@ -34,17 +35,19 @@ from scale_dit.method import Method
 from scale_dit.models.flux1 import Flux1
 from scale_dit.models.random_weights import random_part, random_pipeline, write_configs
 from scale_dit.models.settings import BaseSettings
-from scale_dit.models.shapes import shape_of
+from scale_dit.models.shapes import SHAPES, shape_of
 from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import PART, Memory
+from scale_dit.planning.predict import Prediction
 from scale_dit.planning.run import RunPlan
+from scale_dit.recipe import native_scale
 
 HERE = Path(__file__).parent
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
-FULL_STEPS = 28
-WARM_PX = 512
+LONG = 20.0
+"""Seconds of a call from which on what the first one takes beside does not count."""
 DENSE = "stock_eager", "stock_compiled"
 WINDOWED = "windowed_eager", "windowed_low_memory", "windowed_compiled"
 
@@ -56,14 +59,30 @@ def cap_memory(gb: float | None) -> None:
 
 
 def peak_and_seconds(code: Callable[[], object]) -> tuple[float, float]:
-    """GB at most, and seconds, of a call that ran once before."""
-    code()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    code()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 1e9, time.perf_counter() - began
+    """GB at most, and seconds, of a call that ran once before, or that is long."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        code()
+        torch.cuda.synchronize()
+        if (seconds := time.perf_counter() - began) > LONG:
+            break
+    return torch.cuda.max_memory_allocated() / 1e9, seconds
+
+
+class Side(NamedTuple):
+    """A picture's size in px, as `4096` or as `10240x4096`, width first."""
+
+    label: str
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, text: str) -> Side:
+        """Read from the command line."""
+        width, _, height = text.partition("x")
+        return cls(text, int(height or width), int(width))
 
 
 def random(*shape: int) -> Tensor:
@@ -84,7 +103,7 @@ def measure_steps(options: argparse.Namespace) -> None:
             for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
                 block._compiled_call_impl = None
             torch._dynamo.reset()
-            row = {"px": px, "kind": kind, "seconds": f"{seconds:.4f}", "peak_gb": f"{peak:.3f}"}
+            row = {"px": px.label, "kind": kind, "seconds": f"{seconds:.4f}", "peak_gb": f"{peak:.3f}"}
             add_rows(options.to / "steps.csv", [row], ("px", "kind"))
             print(*row.values(), flush=True)
             del step
@@ -92,9 +111,9 @@ def measure_steps(options: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
 
 
-def _stock_step(transformer: Any, px: int) -> Callable[[], object]:
+def _stock_step(transformer: Any, px: Side) -> Callable[[], object]:
     transformer.set_attn_processor(FluxAttnProcessor())
-    tokens = (px // 16) ** 2
+    tokens = px.height * px.width // 16**2
     inputs = {
         "hidden_states": random(1, tokens, 64), "encoder_hidden_states": random(1, 512, 4096),
         "pooled_projections": random(1, 768), "timestep": random(1).abs(), "guidance": random(1).abs(),
@@ -108,11 +127,12 @@ def _stock_step(transformer: Any, px: int) -> Callable[[], object]:
     return step
 
 
-def _windowed_step(transformer: Any, px: int, kind: str) -> Callable[[], object]:
+def _windowed_step(transformer: Any, px: Side, kind: str) -> Callable[[], object]:
     names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     settings = BaseSettings(name="flux1_dev")
     base = Flux1(FluxPipeline(**dict.fromkeys(names), transformer=transformer), settings)
-    plan = Method(scale=px / settings.native).plan(settings, px, px)
+    scale = native_scale(settings, px.height, px.width)
+    plan = Method(scale=scale).plan(settings, px.height, px.width)
     text = Text(random(1, plan.layout.text, 4096), random(1, 768))
     if kind == "windowed_low_memory":
         base.feed_forward_tokens, base.keys_values_on_host = PART, True
@@ -124,10 +144,11 @@ def _windowed_step(transformer: Any, px: int, kind: str) -> Callable[[], object]
 class Run:
     """A pipeline with random weights, planned and prepared as `generate` does it."""
 
-    def __init__(self, sizes: list[int], steps: int, memory: Memory):
-        settings = write_configs("flux1_dev", Path(tempfile.mkdtemp()))
-        method, self.sampling = Method(), Sampling(steps=steps, draft_steps=steps)
-        pictures = [Picture(index, PROMPT, "", index, px, px) for index, px in enumerate(sizes)]
+    def __init__(self, base: str, sizes: list[Side], steps: int | None, memory: Memory):
+        settings = write_configs(base, Path(tempfile.mkdtemp()))
+        self.steps = settings.steps if steps is None else steps
+        method, self.sampling = Method(), Sampling(steps=self.steps, draft_steps=self.steps)
+        pictures = [Picture(index, PROMPT, "", index, px.height, px.width) for index, px in enumerate(sizes)]
         self.plan = RunPlan(pictures, settings, method, self.sampling, memory, "auto", DEVICE, DTYPE)
         self.pipeline: ScaleDiTPipeline = random_pipeline(settings, draw_on=DEVICE)
         self.pipeline.method = method
@@ -136,43 +157,49 @@ class Run:
         self.plan.prepare(self.pipeline)
         self.text_peak = torch.cuda.max_memory_allocated()
         print(self.plan.memory, flush=True)
-        self.make(WARM_PX)
+        self.make(sizes[0], 1)
 
-    def make(self, px: int) -> Any:
+    def make(self, px: Side, steps: int | None = None) -> Any:
         """Seconds and peak bytes by stage of one picture."""
         torch.cuda.empty_cache()
+        steps = self.steps if steps is None else steps
         generator = torch.Generator().manual_seed(0)
         return self.pipeline(
-            PROMPT, px, px, num_inference_steps=self.sampling.steps, draft_steps=self.sampling.draft_steps,
-            generator=generator, output_type="pt",
+            PROMPT, px.height, px.width, num_inference_steps=steps, draft_steps=steps, generator=generator,
+            output_type="pt",
         ).cost  # fmt: skip
+
+    def planned(self, px: Side) -> Prediction:
+        """What was planned for it."""
+        return self.plan.planner.predict(px.height, px.width, self.plan.memory)
 
 
 def measure_pictures(options: argparse.Namespace) -> None:
     """Whole pictures, or fewer steps of them, in the way that `memory=auto` chooses under a cap."""
     cap_memory(options.cap)
-    run = Run(options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
+    run = Run(options.base, options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
     for px in options.px:
         cost = run.make(px)
-        planned = run.plan.planner.predict(px, px, run.plan.memory)
+        planned = run.planned(px)
         rows = []
         for stage in planned.seconds:
             peak = max(cost.peak_bytes[stage], run.text_peak if stage == "text" else 0)
             rows.append(
                 {
-                    "px": px, "cap_gb": options.cap or "", "way": str(run.plan.memory), "steps": options.steps,
+                    "base": options.base, "px": px.label, "cap_gb": options.cap or "", "way": str(run.plan.memory),
+                    "steps": run.steps,
                     "stage": stage, "seconds": f"{cost.seconds[stage]:.4f}",
                     "planned_seconds": f"{planned.seconds[stage]:.4f}", "peak_gb": f"{peak / 1e9:.3f}",
                     "planned_peak_gb": f"{planned.peak_bytes[stage] / 1e9:.3f}",
                 }
             )  # fmt: skip
             print(*rows[-1].values(), flush=True)
-        add_rows(options.to / "pictures.csv", rows, ("px", "stage"))
+        add_rows(options.to / "pictures.csv", rows, ("base", "px", "stage"))
 
 
 def measure_least(options: argparse.Namespace) -> None:
     """The lowest cap, in whole GB, under which a picture is made with the least memory that leaves it as it is."""
-    run = Run(options.px, 1, Memory("group", 4096, "host", "host"))
+    run = Run(options.base, options.px, 1, Memory("group", 4096, "host", "host"))
     for px in options.px:
         cost = run.make(px)
         allocated = max(cost.peak_bytes.values())
@@ -183,17 +210,18 @@ def measure_least(options: argparse.Namespace) -> None:
                 run.make(px)
                 break
             except torch.OutOfMemoryError:
-                print(f"{px} px do not fit into {cap} GB", flush=True)
+                print(f"{px.label} px do not fit into {cap} GB", flush=True)
                 gc.collect()
                 cap += 1
         cap_memory(None)
-        planned = run.plan.planner.predict(px, px, run.plan.memory)
+        planned = run.planned(px)
         row = {
-            "px": px, "way": str(run.plan.memory), "least_cap_gb": cap, "peak_gb": f"{allocated / 1e9:.3f}",
+            "base": options.base, "px": px.label, "way": str(run.plan.memory), "least_cap_gb": cap,
+            "peak_gb": f"{allocated / 1e9:.3f}",
             "planned_peak_gb": f"{max(planned.peak_bytes[s] for s in ('draft', 'refine', 'decode')) / 1e9:.3f}",
             "text_peak_gb": f"{run.text_peak / 1e9:.3f}", "refine_seconds_a_step": f"{cost.seconds['refine']:.3f}",
         }  # fmt: skip
-        add_rows(options.to / "least.csv", [row], ("px",))
+        add_rows(options.to / "least.csv", [row], ("base", "px"))
         print(*row.values(), flush=True)
 
 
@@ -203,12 +231,14 @@ def main() -> None:
     for name, code in (("steps", measure_steps), ("pictures", measure_pictures), ("least", measure_least)):
         command = commands.add_parser(name, help=code.__doc__)
         command.set_defaults(code=code)
-        command.add_argument("--px", type=int, nargs="+", required=True, help="sides of the pictures")
+        command.add_argument("--px", type=Side.of, nargs="+", required=True, help="such as 4096 or 10240x4096")
         command.add_argument("--to", type=Path, default=HERE, help="folder of the table")
         if name == "steps":
             command.add_argument("--kinds", nargs="+", default=[*DENSE, *WINDOWED], choices=[*DENSE, *WINDOWED])
+        else:
+            command.add_argument("--base", default="flux1_dev", choices=sorted(SHAPES["full"]))
         if name == "pictures":
-            command.add_argument("--steps", type=int, default=FULL_STEPS, help="below 28, times are extrapolated")
+            command.add_argument("--steps", type=int, help="default: the base's; of fewer, times are extrapolated")
             command.add_argument("--cap", type=float, help="GB of the card that may be used")
     options = parser.parse_args()
     need_gpu()

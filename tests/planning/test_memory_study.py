@@ -45,7 +45,8 @@ def report(tmp_path, monkeypatch):
         tmp_path / "pictures.csv",
         [
             {
-                "px": px, "cap_gb": "", "way": "memory.offload=none", "steps": steps, "stage": stage, "seconds": 7,
+                "base": "flux1_dev", "px": px, "cap_gb": "", "way": "memory.offload=none",
+                "steps": steps, "stage": stage, "seconds": 7,
                 "planned_seconds": 7.7, "peak_gb": 40, "planned_peak_gb": 38,
             }
             for px, steps in ((4096, 28), (8192, 7))
@@ -55,7 +56,8 @@ def report(tmp_path, monkeypatch):
     write(
         tmp_path / "least.csv",
         [{
-            "px": 2048, "way": "", "least_cap_gb": 4, "peak_gb": 3.5, "planned_peak_gb": 3.4, "text_peak_gb": 9.8,
+            "base": "flux1_dev", "px": 2048, "way": "",
+            "least_cap_gb": 4, "peak_gb": 3.5, "planned_peak_gb": 3.4, "text_peak_gb": 9.8,
             "refine_seconds_a_step": 1,
         }],
     )  # fmt: skip
@@ -77,6 +79,7 @@ def test_rows_become_figures_and_tables(report, tmp_path):
     found = quotes(tmp_path / "README.md", rows)
     assert len(found) == len(rows)
     assert all(quote.text == quote.expected for quote in found)
+    assert "| 4096 | 7 | 196 | 7 | 0.036 |" in (tmp_path / "README.md").read_text(), "28 dense steps of 7 s"
     assert "Not measured yet." not in (tmp_path / "README.md").read_text()
 
 
