@@ -35,7 +35,7 @@ SIZES = ((512, 512), (1024, 1024), (2048, 2048), (640, 1536), (1536, 640), (832,
 TWO_STEPS = ("height=2048", "width=2048", "scale=4", "start=0.8")
 """Of a picture at twice the size over one of four times the native size, at the scale that the LoRA knows."""
 FLECK = (704, 224, 776, 300)
-RIGHT = '[{"box": [512, 0, 1024, 1024], "prompt": "a small yellow star on grass"}]'
+RIGHT = '[{"box": [640, 0, 1024, 1024], "prompt": "a small blue star on grass"}]'
 LEFT = '[{"box": [0, 0, 512, 1024], "prompt": "a large red dotted circle on sand"}]'
 
 
@@ -133,7 +133,7 @@ def main() -> None:
             ("a picture, and the box of a fleck", marked(first, FLECK)),
             ("its window made anew with prompt=sand", Image.open(remade)),
             ("left half: a large red dotted circle on sand", Image.open(left)),
-            ("right half: a small yellow star on grass", Image.open(right)),
+            ("right of the circle: a small blue star on grass", Image.open(right)),
             ("wrap=none, laid beside itself", beside_itself(edges)),
             ("wrap=both, laid beside itself", beside_itself(joined)),
         ],
