@@ -49,7 +49,7 @@ PROMPT = "a harbour at dawn"
 LONG = 20.0
 """Seconds of a call from which on what the first one takes beside does not count."""
 DENSE = "stock_eager", "stock_compiled"
-WINDOWED = "windowed_eager", "windowed_low_memory", "windowed_compiled"
+WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled"
 
 
 def cap_memory(gb: float | None) -> None:
@@ -134,8 +134,8 @@ def _windowed_step(transformer: Any, px: Side, kind: str) -> Callable[[], object
     scale = native_scale(settings, px.height, px.width)
     plan = Method(scale=scale).plan(settings, px.height, px.width)
     text = Text(random(1, plan.layout.text, 4096), random(1, 768))
-    if kind == "windowed_low_memory":
-        base.feed_forward_tokens, base.keys_values_on_host = PART, True
+    base.feed_forward_tokens = PART if kind in ("windowed_parts", "windowed_low_memory") else None
+    base.keys_values_on_host = kind == "windowed_low_memory"
     guidance = base.guidance_pass(random(1, plan.layout.guidance_tokens, 64), text.pooled, plan, 3.5)
     tokens, moment = random(1, plan.layout.image.tokens, 64), torch.full((1,), 0.5, device=DEVICE)
     return lambda: base.image_pass(tokens, text, moment, plan, guidance, 3.5)
