@@ -29,12 +29,17 @@ def own_cache(tmp_path, monkeypatch):
         (Operation("convolution", 1000, 100), 20.0),
         (Operation("attention", 1000, 100), 50.0),
         (Operation("windowed", 1000, 100), 100.0),
+        (Operation("wide", 1000, 100), 50.0),
         (Operation("elementwise", 0, 3000), 3.0),
         (Operation("matmul", 1, 1), 0.5),
     ],
 )
 def test_an_operation_takes_what_binds_it(operation, seconds):
     assert ROUND.seconds(Trace(Counter({operation: 3}))) == 3 * seconds
+
+
+def test_wide_attention_has_a_rate_of_its_own_once_it_is_measured():
+    assert replace(ROUND, wide=5.0).seconds(Trace(Counter({Operation("wide", 1000, 100): 1}))) == 200.0
 
 
 def test_the_users_own_profile_comes_first():
@@ -58,7 +63,7 @@ def test_shipped_profiles_are_whole():
         assert path.name == file_name(machine.name, getattr(torch, machine.dtype.removeprefix("torch.")))
         rates = {name: value for name, value in asdict(machine).items() if isinstance(value, float)}
         assert {"matmul", "windowed", "host_copy"} <= rates.keys()
-        assert all(value > 0 for name, value in rates.items() if name != "text_launch")
+        assert all(value > 0 for name, value in rates.items() if name not in ("text_launch", "wide"))
         assert machine.versions
 
 

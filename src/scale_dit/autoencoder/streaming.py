@@ -35,7 +35,7 @@ class Streaming:
         wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
         regions: first and last + 1 row and column that count for statistics, for each of the batch, as shares of its
             sides; `None`: everything.
-        score_bytes: of the attention layer's scores that are held at a time.
+        score_bytes, way: of the attention layer, see `attend_all`.
         statistics: what is there is used, what is not there is measured and kept there.
     """
 
@@ -45,6 +45,7 @@ class Streaming:
     wrap_columns: bool = False
     wrap_rows: bool = False
     score_bytes: int = SCORE_BYTES
+    way: str | None = None
     regions: tuple[Region, ...] | None = None
     statistics: Statistics = field(default_factory=dict)
 
@@ -210,7 +211,7 @@ class Streaming:
         query, key, value = parts
         for start, stop in bands(source.height, row, self.band_elements // 4):
             mine = query[:, :, start * source.width : stop * source.width]
-            band = attend_all(mine, key, value, self.score_bytes)
+            band = attend_all(mine, key, value, self.score_bytes, self.way)
             band = layer.to_out[0](band.transpose(1, 2).flatten(2)).transpose(1, 2)
             straight = source.rows(start, stop)
             if layer.residual_connection:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from scale_dit.attention import attend_joined
+from scale_dit.autoencoder.attention import attend_all
 from scale_dit.device import choose_device
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
@@ -56,6 +57,9 @@ def rates(device: torch.device, dtype: torch.dtype) -> Machine:
     query, key, value = (random(1, heads, rows, size) for _ in range(3))
     attention = rate(4 * heads * size * rows**2, lambda: scaled_dot_product_attention(query, key, value))
     windowed = _windowed_rate(rate, random, heads, size) if large else attention
+    rows, keys, width = (16384, 2**18, 512) if large else (256, 4096, 512)
+    query, key, value = (random(1, 1, count, width) for count in (rows, keys, keys))
+    wide = rate(4 * rows * keys * width, lambda: attend_all(query, key, value))
 
     numbers = random(2**28 if large else 2**20)
     bandwidth = rate(2 * numbers.nbytes, lambda: numbers * 2)
@@ -63,7 +67,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> Machine:
     launch = _seconds(lambda: [few * 2 for _ in range(SMALL_OPERATIONS)], device) / SMALL_OPERATIONS
     return Machine(
         device_name(device), str(dtype), matmul, convolution, attention, windowed, bandwidth, launch,
-        _host_copy_rate(device, rate), versions_line(),
+        _host_copy_rate(device, rate), versions_line(), wide=wide,
     )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ class Machine:
         host_copy: Bytes/s from pinned host memory to the device.
         versions: What it was measured with.
         text_launch: Seconds that an operation of a text encoder takes at least, see `planning.practice`.
+        wide: FLOP/s of the autoencoder's attention, whose head is wider than torch's kernels take; 0: not measured, as
+            fast as the others.
         practice: How much longer each other stage takes than its operations by themselves, see there.
     """
 
@@ -47,6 +49,7 @@ class Machine:
     host_copy: float
     versions: str
     text_launch: float = 0.0
+    wide: float = 0.0
     practice: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Trace, launch: float = 0.0) -> float:
@@ -61,7 +64,7 @@ class Machine:
         return sum(count * self._seconds(operation, launch) for operation, count in work.operations.items())
 
     def _seconds(self, operation: Operation, launch: float) -> float:
-        arithmetic = operation.flops / getattr(self, operation.kind) if operation.flops else 0.0
+        arithmetic = operation.flops / (getattr(self, operation.kind) or self.attention) if operation.flops else 0.0
         return max(arithmetic, operation.bytes / self.bandwidth, launch)
 
     def save(self, path: Path) -> None:

@@ -18,8 +18,8 @@ KEYS_VALUES = ("device", "host")
 DECODES = ("whole", "streamed", "host", "tiled")
 WEIGHTS = ("native", "fp8")
 PART = 8192
-"""Tokens in one part of a feed-forward layer: as fast as the whole, and its hidden layer is 0.2 GB on FLUX.1, not 1.6 at
-4096 px."""
+"""Tokens in one part of a feed-forward layer: as fast as the whole, and its hidden layer is 0.2 GB on FLUX.1, where it
+would be 1.6 at 4096 px."""
 ON_DEVICE_AT_ONCE = 2
 """Blocks of a group-offloaded transformer on the card: the one that runs, and the next one on its way."""
 WORKSPACE = 96 * 2**20

@@ -141,7 +141,7 @@ class Tracer:
         vae: Any = self.components.modules["vae"]
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (1, vae.config.latent_channels, height // factor, width // factor)
-        at_once = Streaming(META, META, band_elements=2**60, score_bytes=2**60)
+        at_once = Streaming(META, META, band_elements=2**60, way="fused")
 
         def latents() -> Tensor:
             return torch.empty(shape, dtype=vae.dtype, device=META)
@@ -149,7 +149,10 @@ class Tracer:
         whole = self._once(("decode", *shape), lambda: vae.decode(latents()).sample)
         streamed = self._once(("streamed", *shape), lambda: list(streamed_decode(vae, latents(), at_once)))
         tile = self.sampling.decode_tile
-        others = {mode: decode_bytes(vae, height, width, mode, tile) for mode in ("streamed", "host", "tiled")}
+        others = {
+            mode: decode_bytes(vae, height, width, mode, tile, device=self.device)
+            for mode in ("streamed", "host", "tiled")
+        }
         return {"whole": whole} | dict.fromkeys(others, streamed), {"whole": whole.peak, **others}
 
     def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
