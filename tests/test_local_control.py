@@ -10,10 +10,10 @@ from small_bases import SETTINGS, add_random_lora, drive, flux, noise, random_te
 
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
-from scale_dit.local_control import WindowPrompt, WindowText, blending, local_prompts, remake
+from scale_dit.local_control import WindowPrompt, WindowText, local_prompts, remake
 from scale_dit.method import Method
 from scale_dit.models.flux1 import Flux1
-from scale_dit.regions import Region, moved, regions_around, share_of_boxes, whole_windows
+from scale_dit.regions import Region, blending, moved, regions_around, share_of_boxes, whole_windows
 from scale_dit.sampling import make_scheduler
 from scale_dit.stage import LocalPrompt, Stage
 from scale_dit.wrapping import wrap_shift
@@ -100,8 +100,8 @@ def pixels(tokens: torch.Tensor) -> torch.Tensor:
 def test_only_chosen_windows_change(base, stage, wrap):
     layout = stage.plan.layout
     if wrap == "both":
-        shift = wrap_shift(layout.image, layout.guidance, wrap).image
-        stage = dataclasses.replace(stage, rolled=stage, shift=shift)
+        still = stage
+        stage = dataclasses.replace(stage, moved=lambda step: (still, (0, 10) if step == 1 else (0, 0)))
     finished, eps = noise(1, 16, 2 * HIGH, 2 * WIDE, seed=1), noise(1, 16, 2 * HIGH, 2 * WIDE)
     chosen = whole_windows(touched(slice(0, 1), slice(4, 8)), layout)
     steps = []
@@ -111,7 +111,7 @@ def test_only_chosen_windows_change(base, stage, wrap):
     assert torch.equal(result[..., ~pixels(chosen)], finished[..., ~pixels(chosen)])
     assert (result != finished)[..., pixels(chosen)].all()
     assert share_of_boxes(chosen, layout) == pytest.approx(8 * 12 / (HIGH * WIDE))
-    inside = 8 * 12 if wrap == "none" else 12 * 10
+    inside = 8 * 12 if wrap == "none" else 8 * 10
     assert counted.tokens == [8 * 12, inside, 8 * 12], "the cost is that of the boxes"
     first, second = (latents for _, _, latents in steps[:2])
     later = make_scheduler(3, 1.0, 0.7, torch.device("cpu"), first_step=1)
@@ -150,7 +150,8 @@ def test_windows_that_are_made_anew_keep_their_own_prompts(base, stage):
 
 
 def test_new_pixels_are_blended_inside_their_windows():
-    weights = blending(touched(slice(4, 8), slice(16, 20)), 16)
+    chosen = touched(slice(4, 8), slice(16, 20))
+    weights = blending(chosen.repeat_interleave(16, 0).repeat_interleave(16, 1), 16)
     assert weights.shape == (16 * HIGH, 16 * WIDE)
     outside = torch.ones_like(weights, dtype=torch.bool)
     outside[64:128, 256:320] = False
@@ -178,37 +179,48 @@ def test_windows_read_their_own_prompt(base, stage):
     assert not torch.allclose(both[..., pixels(chosen)], plain[..., pixels(chosen)], atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("image", "draft_grid", "wrap", "image_shift", "draft_shift"),
-    [
-        (Grid(64, 128, 8), Grid(16, 32, 8), "horizontal", (0, 64), (0, 16)),
-        (Grid(64, 128, 8), Grid(16, 32, 8), "both", (32, 64), (8, 16)),
-        (Grid(64, 128, 8), None, "none", (0, 0), (0, 0)),
-        (Grid(64, 72, 8), Grid(16, 18, 8), "horizontal", (0, 32), (0, 8)),
-        (Grid(64, 100, 8), Grid(16, 29, 8), "horizontal", (0, 48), (0, 14)),
-    ],
-)
-def test_pictures_are_moved_by_about_half(image, draft_grid, wrap, image_shift, draft_shift):
-    shift = wrap_shift(image, draft_grid, wrap)
-    assert (shift.image, shift.draft) == (image_shift, draft_shift)
+def test_texts_change_over_a_cell(stage):
+    chosen = touched(slice(8, 16), slice(8, 16))
+    (part,) = local_prompts([WindowText(chosen, stage.text)], stage.plan.layout)
+    weights = part.region.paste(torch.zeros(HIGH, WIDE), part.weights, stage.plan.layout.image)
+    assert (weights[~chosen] == 0).all()
+    assert weights[8:12, 12].tolist() == [0.25, 0.75, 1, 1]
+    assert weights[12, 14:17].tolist() == [0.75, 0.25, 0]
+    assert (weights[12:, 10:14] == 1).all(), "the picture ends below"
+    (moved_part,) = local_prompts([WindowText(chosen, stage.text)], stage.plan.layout, (0, 2))
+    assert moved_part.region.columns.start == part.region.columns.start + 2
+    assert torch.equal(moved_part.weights, part.weights[:, : moved_part.weights.shape[1]])
+
+
+@pytest.mark.parametrize("draft_grid", [Grid(16, 32, 8), Grid(16, 29, 8), None])
+@pytest.mark.parametrize("wrap", ["none", "horizontal", "both"])
+def test_steps_move_pictures_everywhere(draft_grid, wrap):
+    image, below = Grid(64, 128, 8), draft_grid or Grid(1, 1, 1)
+    shifts = [wrap_shift(image, draft_grid, wrap, step) for step in range(28)]
+    assert shifts[0].image == (0, 0)
+    for axis, (side, draft_side) in enumerate(((64, below.height), (128, below.width))):
+        places = {shift.image[axis] for shift in shifts}
+        assert all(place % 8 == 0 for place in places)
+        if wrap == "none" or (wrap == "horizontal" and axis == 0):
+            assert places == {0}
+        else:
+            assert len(places) >= side / 8 / 2, "most borders of cells are an edge at some step"
+        assert all(abs(s.image[axis] / side - s.draft[axis] / draft_side) <= 0.5 / draft_side for s in shifts)
 
 
 def test_an_unknown_wrap_is_named():
     with pytest.raises(UserError, match="unknown wrap 'vertical': use one of none, horizontal, both"):
-        wrap_shift(Grid(8, 8, 2), None, "vertical")
+        wrap_shift(Grid(8, 8, 2), None, "vertical", 0)
 
 
 @torch.no_grad()
-def test_a_picture_that_joins_itself_knows_no_edge(base, stage):
-    """Every second step sees the picture and the draft moved by half, so that their edges lie inside."""
+def test_a_picture_that_joins_itself_is_moved_and_moved_back(base, stage):
+    """At each step the picture and the draft under it are seen from another edge on."""
     grid, latents = stage.plan.layout.image, noise(1, 16, 2 * HIGH, 2 * WIDE)
-    shift = wrap_shift(grid, stage.plan.layout.guidance, "both")
-    assert shift.image == (8, 10)
-    assert shift.draft == (4, 5)
-    rolled = dataclasses.replace(stage, keys_values=keys_values(base, stage.plan, draft().roll((8, 10), (-2, -1))))
-    seamless = dataclasses.replace(stage, rolled=rolled, shift=shift.image)
+    there = dataclasses.replace(stage, keys_values=keys_values(base, stage.plan, draft().roll((8, 10), (-2, -1))))
+    seamless = dataclasses.replace(stage, moved=lambda step: (there, (8, 10)) if step else (stage, (0, 0)))
     two_steps = make_scheduler(2, 1.0, 1.0, torch.device("cpu"))
     halfway = latents - 0.5 * stage.velocity(latents, 1.0)
-    back = moved(rolled.velocity(moved(halfway, grid, (8, 10)), 0.5), grid, (-8, -10))
+    back = moved(there.velocity(moved(halfway, grid, (8, 10)), 0.5), grid, (-8, -10))
     torch.testing.assert_close(seamless.sample(latents, two_steps), halfway - 0.5 * back, rtol=0, atol=1e-5)
     assert not torch.allclose(back, stage.velocity(halfway, 0.5), atol=1e-2)

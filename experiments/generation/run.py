@@ -2,7 +2,7 @@
 
 python experiments/generation/run.py
 
-Sizes and shapes (sizes.png), windows made anew, prompts for windows and joined edges (local_control.png), and an
+Sizes and shapes (sizes.jpg), windows made anew, prompts for windows and joined edges (local_control.jpg), and an
 interrupted run that goes on. About 20 minutes on two cores; pictures that are there already are not made again.
 """
 
@@ -35,7 +35,7 @@ SIZES = ((512, 512), (1024, 1024), (2048, 2048), (640, 1536), (1536, 640), (832,
 TWO_STEPS = ("height=2048", "width=2048", "scale=4", "start=0.8")
 """Of a picture at twice the size over one of four times the native size, at the scale that the LoRA knows."""
 FLECK = (704, 224, 776, 300)
-RIGHT = '[{"box": [512, 0, 1024, 1024], "prompt": "a small yellow star on grass"}]'
+RIGHT = '[{"box": [640, 0, 1024, 1024], "prompt": "a small blue star on grass"}]'
 LEFT = '[{"box": [0, 0, 512, 1024], "prompt": "a large red dotted circle on sand"}]'
 
 
@@ -92,7 +92,7 @@ def sheet(panels: Iterable[tuple[str, Image.Image]], height: int, columns: int, 
             page.paste(panel, (left, top))
             ImageDraw.Draw(page).text((left + 4, top + height + 6), caption, fill="black")
             left += panel.width + 8
-    page.save(file, optimize=True)
+    page.save(file, quality=90)
 
 
 def marked(file: Path, *boxes: tuple[int, int, int, int]) -> Image.Image:
@@ -116,7 +116,7 @@ def main() -> None:
     first = made[1024, 1024]
     two = generate("two_steps", *COMMON[:2], f"draft={first}", *TWO_STEPS)
     panels = [(f"{width} x {height}", Image.open(file)) for (height, width), file in made.items()]
-    sheet([*panels, ("2048 x 2048 over 1024 x 1024", Image.open(two))], 320, 4, HERE / "sizes.png")
+    sheet([*panels, ("2048 x 2048 over 1024 x 1024", Image.open(two))], 320, 4, HERE / "sizes.jpg")
 
     box = ",".join(map(str, FLECK))
     remade = generate("remade", f"remake={first}", f"boxes=[[{box}]]", "prompt=sand", "keep_latents=false")
@@ -133,11 +133,11 @@ def main() -> None:
             ("a picture, and the box of a fleck", marked(first, FLECK)),
             ("its window made anew with prompt=sand", Image.open(remade)),
             ("left half: a large red dotted circle on sand", Image.open(left)),
-            ("right half: a small yellow star on grass", Image.open(right)),
+            ("right of the circle: a small blue star on grass", Image.open(right)),
             ("wrap=none, laid beside itself", beside_itself(edges)),
             ("wrap=both, laid beside itself", beside_itself(joined)),
         ],
-        512, 2, HERE / "local_control.png",
+        512, 2, HERE / "local_control.jpg",
     )  # fmt: skip
     again = interrupted("resumed", *COMMON, "height=1024", "width=1024")
     rows = results(first, remade, again)

@@ -1,12 +1,12 @@
-"""Seconds and peak memory of a full base's shape on one GPU, beside what was planned. Each command takes below 500 s.
+"""Seconds and peak memory of full-size bases on one GPU, beside what was planned. Each command takes below 500 s.
 
 python experiments/memory/measure.py steps --px 4096
-python experiments/memory/measure.py steps --px 8192 --kinds stock_eager windowed_parts
-python experiments/memory/measure.py pictures --px 2048 4096 6144 10240x4096
-python experiments/memory/measure.py pictures --px 8192 --steps 8
+python experiments/memory/measure.py steps --px 2048 6144 8192 10240x4096 --kinds stock_eager
+python experiments/memory/measure.py steps --px 4096 8192 --base klein_9b --kinds stock_eager windowed_parts
+python experiments/memory/measure.py pictures --px 2048 4096 6144 8192 10240x4096
+python experiments/memory/measure.py pictures --px 4096 8192 --base klein_9b
 python experiments/memory/measure.py pictures --px 2048 4096 8192 --steps 1 --cap 40
 python experiments/memory/measure.py least --px 2048 4096 8192
-python experiments/memory/measure.py pictures --base klein_9b --px 4096 8192
 python experiments/memory/run.py
 
 Caps are enforced with `torch.cuda.set_per_process_memory_fraction`. Rows go to steps.csv, pictures.csv and least.csv
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,31 +39,18 @@ from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.components import Components
 from scale_dit.planning.memory import PART, Memory
+from scale_dit.planning.predict import Prediction
 from scale_dit.planning.run import RunPlan
 from scale_dit.recipe import native_scale
 
 HERE = Path(__file__).parent
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
-GUIDANCE = 3.5
-BASES = [name for name, sizes in SHAPES.items() if "full" in sizes]
+LONG = 20.0
+"""Seconds of a call from which on what the first one takes beside does not count."""
+FIRST, GUIDANCE = "flux1_dev", 3.5
 DENSE = "stock_eager", "stock_compiled"
 WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled"
-
-
-Size = tuple[int, int]
-"""Height and width in px."""
-
-
-def size_of(text: str) -> Size:
-    """`4096`, or width x height as `10240x4096`."""
-    width, _, height = text.partition("x")
-    return int(height or width), int(width)
-
-
-def name_of(height: int, width: int) -> str:
-    """A size as it is asked for."""
-    return f"{width}" if width == height else f"{width}x{height}"
 
 
 def cap_memory(gb: float | None) -> None:
@@ -73,18 +60,39 @@ def cap_memory(gb: float | None) -> None:
 
 
 def peak_and_seconds(code: Callable[[], object]) -> tuple[float, float]:
-    """GB at most, and seconds, of a call that ran once before."""
-    code()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    code()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 1e9, time.perf_counter() - began
+    """GB at most, and seconds, of a call that ran once before, or that is long."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        code()
+        torch.cuda.synchronize()
+        if (seconds := time.perf_counter() - began) > LONG:
+            break
+    return torch.cuda.max_memory_allocated() / 1e9, seconds
+
+
+class Side(NamedTuple):
+    """A picture's size in px, as `4096` or as `10240x4096`, width first."""
+
+    label: str
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, text: str) -> Side:
+        """Read from the command line."""
+        width, _, height = text.partition("x")
+        return cls(text, int(height or width), int(width))
 
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def steps_table(base: str) -> str:
+    """Name of the table of a base's steps."""
+    return "steps.csv" if base == FIRST else f"steps_{base}.csv"
 
 
 @torch.no_grad()
@@ -93,11 +101,11 @@ def measure_steps(options: argparse.Namespace) -> None:
     settings = base_settings(options.base)
     transformer = random_part(shape_of(options.base, "full")["transformer"], DEVICE)
     stock = dict(transformer.attn_processors)
-    for size, kind in product(options.px, options.kinds):
+    for px, kind in product(options.px, options.kinds):
         driver = Components({"transformer": transformer}).driver(settings, "auto")
         if kind in DENSE:
             transformer.set_attn_processor(dict(stock))
-        step = _stock_step(driver, *size) if kind in DENSE else _windowed_step(driver, *size, kind)
+        step = _stock_step(driver, px) if kind in DENSE else _windowed_step(driver, px, kind)
         if kind.endswith("compiled"):
             for block in driver.blocks:
                 block.compile()
@@ -105,22 +113,19 @@ def measure_steps(options: argparse.Namespace) -> None:
         for block in driver.blocks:
             block._compiled_call_impl = None
         torch._dynamo.reset()
-        row = {
-            "base": options.base, "px": name_of(*size), "kind": kind, "seconds": f"{seconds:.4f}",
-            "peak_gb": f"{peak:.3f}",
-        }  # fmt: skip
-        add_rows(options.to / "steps.csv", [row], ("base", "px", "kind"))
+        row = {"px": px.label, "kind": kind, "seconds": f"{seconds:.4f}", "peak_gb": f"{peak:.3f}"}
+        add_rows(options.to / steps_table(options.base), [row], ("px", "kind"))
         print(*row.values(), flush=True)
         del step, driver
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _stock_step(driver: Driver, height: int, width: int) -> Callable[[], object]:
+def _stock_step(driver: Driver, px: Side) -> Callable[[], object]:
     """The transformer as it is, over text and image."""
     config, length = driver.transformer.config, driver.settings.text_length
-    tokens = (height // driver.settings.token_size) * (width // driver.settings.token_size)
-    inputs: dict[str, Tensor] = {
+    tokens = px.height * px.width // driver.settings.token_size**2
+    inputs = {
         "hidden_states": random(1, tokens, config.in_channels), "timestep": random(1).abs(),
         "encoder_hidden_states": random(1, length, config.joint_attention_dim),
         "img_ids": driver.token_ids(torch.zeros(tokens, 3)).to(DEVICE), "txt_ids": driver.text_ids(length).to(DEVICE),
@@ -137,28 +142,28 @@ def _stock_step(driver: Driver, height: int, width: int) -> Callable[[], object]
     return step
 
 
-def _windowed_step(driver: Driver, height: int, width: int, kind: str) -> Callable[[], object]:
-    settings, channels = driver.settings, driver.transformer.config.in_channels
-    plan = Method(scale=native_scale(settings, height, width)).plan(settings, height, width)
-    text = Text(
-        random(1, plan.layout.text, driver.transformer.config.joint_attention_dim), random(1, driver.pooled_size)
-    )
+def _windowed_step(driver: Driver, px: Side, kind: str) -> Callable[[], object]:
+    settings, config = driver.settings, driver.transformer.config
+    scale = native_scale(settings, px.height, px.width)
+    plan = Method(scale=scale).plan(settings, px.height, px.width)
+    text = Text(random(1, plan.layout.text, config.joint_attention_dim), random(1, driver.pooled_size))
     driver.feed_forward_tokens = PART if kind in ("windowed_parts", "windowed_low_memory") else None
     driver.keys_values_on_host = kind == "windowed_low_memory"
-    guidance = driver.guidance_pass(random(1, plan.layout.guidance_tokens, channels), text.pooled, plan, GUIDANCE)
-    tokens, moment = random(1, plan.layout.image.tokens, channels), torch.full((1,), 0.5, device=DEVICE)
+    tokens, moment = random(1, plan.layout.image.tokens, config.in_channels), torch.full((1,), 0.5, device=DEVICE)
+    draft = random(1, plan.layout.guidance_tokens, config.in_channels)
+    guidance = driver.guidance_pass(draft, text.pooled, plan, GUIDANCE)
     return lambda: driver.image_pass(tokens, text, moment, plan, guidance, GUIDANCE)
 
 
 class Run:
     """A pipeline with random weights, planned and prepared as `generate` does it."""
 
-    def __init__(self, base: str, sizes: list[Size], steps: int | None, memory: Memory):
+    def __init__(self, base: str, sizes: list[Side], steps: int | None, memory: Memory):
         settings = write_configs(base, Path(tempfile.mkdtemp()))
-        self.steps, self.full_steps = steps or settings.steps, settings.steps
-        method, sampling = Method(), Sampling(steps=self.steps, draft_steps=self.steps)
-        pictures = [Picture(index, PROMPT, "", index, *size) for index, size in enumerate(sizes)]
-        self.plan = RunPlan(pictures, settings, method, sampling, memory, "auto", DEVICE, DTYPE)
+        self.steps = settings.steps if steps is None else steps
+        method, self.sampling = Method(), Sampling(steps=self.steps, draft_steps=self.steps)
+        pictures = [Picture(index, PROMPT, "", index, px.height, px.width) for index, px in enumerate(sizes)]
+        self.plan = RunPlan(pictures, settings, method, self.sampling, memory, "auto", DEVICE, DTYPE)
         self.pipeline: ScaleDiTPipeline = random_pipeline(settings, draw_on=DEVICE)
         self.pipeline.method = method
         torch.cuda.empty_cache()
@@ -166,34 +171,37 @@ class Run:
         self.plan.prepare(self.pipeline)
         self.text_peak = torch.cuda.max_memory_allocated()
         print(self.plan.memory, flush=True)
+        self.make(sizes[0], 1)
 
-    def make(self, size: Size) -> Any:
-        """Seconds and peak bytes by stage of one picture, whose kernels ran before."""
-        self._once(size, 1)
-        return self._once(size, self.steps)
-
-    def _once(self, size: Size, steps: int) -> Any:
+    def make(self, px: Side, steps: int | None = None) -> Any:
+        """Seconds and peak bytes by stage of one picture."""
         torch.cuda.empty_cache()
+        steps = self.steps if steps is None else steps
+        generator = torch.Generator().manual_seed(0)
         return self.pipeline(
-            PROMPT, *size, num_inference_steps=steps, draft_steps=steps, output_type="pt",
-            generator=torch.Generator().manual_seed(0),
+            PROMPT, px.height, px.width, num_inference_steps=steps, draft_steps=steps, generator=generator,
+            output_type="pt",
         ).cost  # fmt: skip
+
+    def planned(self, px: Side) -> Prediction:
+        """What was planned for it."""
+        return self.plan.planner.predict(px.height, px.width, self.plan.memory)
 
 
 def measure_pictures(options: argparse.Namespace) -> None:
     """Whole pictures, or fewer steps of them, in the way that `memory=auto` chooses under a cap."""
     cap_memory(options.cap)
     run = Run(options.base, options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
-    for size in options.px:
-        cost = run.make(size)
-        planned = run.plan.planner.predict(*size, run.plan.memory)
+    for px in options.px:
+        cost = run.make(px)
+        planned = run.planned(px)
         rows = []
         for stage in planned.seconds:
             peak = max(cost.peak_bytes[stage], run.text_peak if stage == "text" else 0)
             rows.append(
                 {
-                    "base": options.base, "px": name_of(*size), "cap_gb": options.cap or "",
-                    "way": str(run.plan.memory), "steps": run.steps, "full_steps": run.full_steps,
+                    "base": options.base, "px": px.label, "cap_gb": options.cap or "", "way": str(run.plan.memory),
+                    "steps": run.steps,
                     "stage": stage, "seconds": f"{cost.seconds[stage]:.4f}",
                     "planned_seconds": f"{planned.seconds[stage]:.4f}", "peak_gb": f"{peak / 1e9:.3f}",
                     "planned_peak_gb": f"{planned.peak_bytes[stage] / 1e9:.3f}",
@@ -206,23 +214,23 @@ def measure_pictures(options: argparse.Namespace) -> None:
 def measure_least(options: argparse.Namespace) -> None:
     """The lowest cap, in whole GB, under which a picture is made with the least memory that leaves it as it is."""
     run = Run(options.base, options.px, 1, Memory("group", 4096, "host", "host"))
-    for size in options.px:
-        cost, px = run.make(size), name_of(*size)
+    for px in options.px:
+        cost = run.make(px)
         allocated = max(cost.peak_bytes.values())
         cap = max(1, -(-allocated // 10**9))
         while True:
             cap_memory(cap)
             try:
-                run.make(size)
+                run.make(px)
                 break
             except torch.OutOfMemoryError:
-                print(f"{px} px do not fit into {cap} GB", flush=True)
+                print(f"{px.label} px do not fit into {cap} GB", flush=True)
                 gc.collect()
                 cap += 1
         cap_memory(None)
-        planned = run.plan.planner.predict(*size, run.plan.memory)
+        planned = run.planned(px)
         row = {
-            "base": options.base, "px": px, "way": str(run.plan.memory), "least_cap_gb": cap,
+            "base": options.base, "px": px.label, "way": str(run.plan.memory), "least_cap_gb": cap,
             "peak_gb": f"{allocated / 1e9:.3f}",
             "planned_peak_gb": f"{max(planned.peak_bytes[s] for s in ('draft', 'refine', 'decode')) / 1e9:.3f}",
             "text_peak_gb": f"{run.text_peak / 1e9:.3f}", "refine_seconds_a_step": f"{cost.seconds['refine']:.3f}",
@@ -237,13 +245,13 @@ def main() -> None:
     for name, code in (("steps", measure_steps), ("pictures", measure_pictures), ("least", measure_least)):
         command = commands.add_parser(name, help=code.__doc__)
         command.set_defaults(code=code)
-        command.add_argument("--base", default="flux1_dev", choices=BASES, help="whose shape")
-        command.add_argument("--px", type=size_of, nargs="+", required=True, help="such as 4096 or 10240x4096")
+        command.add_argument("--px", type=Side.of, nargs="+", required=True, help="such as 4096 or 10240x4096")
+        command.add_argument("--base", default=FIRST, choices=sorted(SHAPES["full"]))
         command.add_argument("--to", type=Path, default=HERE, help="folder of the table")
         if name == "steps":
             command.add_argument("--kinds", nargs="+", default=[*DENSE, *WINDOWED], choices=[*DENSE, *WINDOWED])
         if name == "pictures":
-            command.add_argument("--steps", type=int, help="fewer than the base's: times are extrapolated")
+            command.add_argument("--steps", type=int, help="default: the base's; of fewer, times are extrapolated")
             command.add_argument("--cap", type=float, help="GB of the card that may be used")
     options = parser.parse_args()
     need_gpu()

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from scipy import ndimage
 from torch import Tensor
 
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 from scale_dit.models.text import Text
-from scale_dit.regions import Box, Region, regions_around, tokens_of_boxes, whole_windows
+from scale_dit.regions import Box, Region, blending, regions_around, tokens_of_boxes, whole_windows
 from scale_dit.sampling import add_noise
 from scale_dit.stage import AfterStep, LocalPrompt, Stage
 
@@ -45,13 +44,16 @@ class WindowText:
 def local_prompts(texts: Sequence[WindowText], layout: Layout, shift: tuple[int, int] = (0, 0)) -> list[LocalPrompt]:
     """What a stage reads where, its picture moved by `shift` rows and columns of tokens.
 
-    Of windows with several texts, the last one counts.
+    Of windows with several texts, the last one counts. Texts change over one cell.
     """
-    return [
-        LocalPrompt(region, each.text)
-        for each in texts
-        for region in regions_around(layout, whole_windows(each.touched, layout).roll(shift, (0, 1)))
-    ]
+    found = []
+    for each in texts:
+        chosen = whole_windows(each.touched, layout)
+        weights = blending(chosen, layout.image.cell).roll(shift, (0, 1))
+        for region in regions_around(layout, chosen.roll(shift, (0, 1))):
+            inside = region.crop(weights, layout.image) * region.chosen
+            found.append(LocalPrompt(region, each.text, inside))
+    return found
 
 
 def remake(
@@ -101,19 +103,14 @@ def _limited(stage: Stage, chosen: Tensor) -> Stage:
         rows, columns = (slice(side.start, side.stop) for side in (part.region.rows, part.region.columns))
         return bool((chosen[rows, columns] & part.region.chosen).any())
 
-    rolled = None if stage.rolled is None else _limited(stage.rolled, chosen.roll(stage.shift, (0, 1)))
-    regions = regions_around(stage.plan.layout, chosen)
-    return replace(stage, regions=regions, local=[part for part in stage.local if concerns(part)], rolled=rolled)
+    def limited_at(step: int) -> tuple[Stage, tuple[int, int]]:
+        assert stage.moved is not None
+        there, shift = stage.moved(step)
+        return _limited(there, chosen.roll(shift, (0, 1))), shift
 
-
-def blending(chosen: Tensor, token_size: int) -> Tensor:
-    """Weights `[H, W]` in [0, 1] of a new picture over an old one.
-
-    They rise over one token from the border of the chosen tokens, bool `[height, width]`, inwards, so that nothing
-    outside changes and no line shows; at the picture's edges there is nothing to blend with.
-    """
-    pixels = chosen.repeat_interleave(token_size, 0).repeat_interleave(token_size, 1)
-    around = torch.nn.functional.pad(pixels[None, None].float(), (token_size,) * 4, mode="replicate")[0, 0] > 0
-    depth = torch.from_numpy(ndimage.distance_transform_cdt(around.numpy(), "chessboard"))
-    inside = depth[token_size:-token_size, token_size:-token_size]
-    return ((inside - 0.5) / token_size).clamp(0, 1)
+    return replace(
+        stage,
+        regions=regions_around(stage.plan.layout, chosen),
+        local=[part for part in stage.local if concerns(part)],
+        moved=None if stage.moved is None else limited_at,
+    )

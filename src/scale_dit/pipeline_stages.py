@@ -16,6 +16,7 @@ from scale_dit.recipe import Recipe
 from scale_dit.regions import moved
 from scale_dit.sampling import add_noise, upsample_latents
 from scale_dit.stage import AfterStep, Stage
+from scale_dit.wrapping import STILL, Shift
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class StagedPipeline(LoadedPipeline):
         plan = recipe.draft_plan
         stage = Stage(self.base, plan, prompts.text, prompts.negative, recipe.draft_guidance_scale)
         if recipe.wrap != "none":
-            stage = replace(stage, rolled=stage, shift=recipe.draft_shift.image)
+            still = stage
+            stage = replace(stage, moved=lambda step: (still, recipe.draft_shift(step)))
         return stage.sample(self.noise(plan, generators), recipe.draft_scheduler(self._execution_device), after_step)
 
     @torch.no_grad()
@@ -148,12 +150,15 @@ class StagedPipeline(LoadedPipeline):
         if layout.guidance is not None:
             assert draft_latents is not None
             guidance = self._guidance_latents(draft_latents, recipe.plan)
-        stage = self._moved_stage(prompts, recipe, guidance, begin, (0, 0), (0, 0))
         if recipe.wrap == "none":
-            return stage
-        shift = recipe.shift
-        rolled = self._moved_stage(prompts, recipe, guidance, begin, shift.image, shift.draft)
-        return replace(stage, rolled=rolled, shift=shift.image)
+            return self._moved_stage(prompts, recipe, guidance, begin, STILL)
+
+        def moved_at(step: int) -> tuple[Stage, tuple[int, int]]:
+            shift = recipe.shift(step)
+            return self._moved_stage(prompts, recipe, guidance, begin, shift), shift.image
+
+        without = self._moved_stage(prompts, recipe, None, begin, STILL)  # every step has a guidance pass of its own
+        return replace(without, moved=moved_at)
 
     def _moved_stage(
         self,
@@ -161,17 +166,16 @@ class StagedPipeline(LoadedPipeline):
         recipe: Recipe,
         guidance: Tensor | None,
         begin: Tensor | None,
-        shift: tuple[int, int],
-        draft_shift: tuple[int, int],
+        shift: Shift,
     ) -> Stage:
-        """The stage over a picture and its draft that are moved by rows and columns of their tokens."""
+        """The stage over a picture and its draft that are moved."""
         plan, keys_values, pull = recipe.plan, None, None
         if guidance is not None and plan.layout.guidance is not None:
-            tokens = self.base.pack(moved(guidance, plan.layout.guidance, draft_shift), plan.layout.guidance_order)
+            tokens = self.base.pack(moved(guidance, plan.layout.guidance, shift.draft), plan.layout.guidance_order)
             keys_values = self.base.guidance_pass(tokens, prompts.text.pooled, plan, recipe.guidance_scale)
         if begin is not None and recipe.low_pass.strength > 0:
-            pull = moved(begin, plan.layout.image, shift), recipe.low_pass
-        local = local_prompts(prompts.windows, plan.layout, shift)
+            pull = moved(begin, plan.layout.image, shift.image), recipe.low_pass
+        local = local_prompts(prompts.windows, plan.layout, shift.image)
         return Stage(
             self.base, plan, prompts.text, prompts.negative, recipe.guidance_scale, keys_values, pull, local=local
         )

@@ -80,15 +80,13 @@ class Recipe:
             wrap,
         )
 
-    @property
-    def shift(self) -> Shift:
-        """How far every second step of the refinement sees picture and draft moved."""
-        return wrap_shift(self.plan.layout.image, self.plan.layout.guidance, self.wrap)
+    def shift(self, step: int) -> Shift:
+        """How far a step of the refinement sees picture and draft moved."""
+        return wrap_shift(self.plan.layout.image, self.plan.layout.guidance, self.wrap, step)
 
-    @property
-    def draft_shift(self) -> Shift:
-        """How far every second step of the draft sees it moved."""
-        return wrap_shift(self.draft_plan.layout.image, None, self.wrap)
+    def draft_shift(self, step: int) -> tuple[int, int]:
+        """How far a step of the draft sees it moved, in rows and columns of its tokens."""
+        return wrap_shift(self.draft_plan.layout.image, None, self.wrap, step).image
 
     @property
     def needs_draft(self) -> bool:

@@ -40,16 +40,27 @@ class Region:
         """The box out of `[..., height, width]`, of which a token of `grid` covers the same number everywhere."""
         return whole[self._box(whole, grid)]
 
-    def paste(self, whole: Tensor, part: Tensor, grid: Grid) -> Tensor:
-        """`whole` with the chosen windows of `part`, which is as large as the box."""
-        result = whole.clone()
-        result[self._box(whole, grid)] = torch.where(self.mask(part), part, self.crop(whole, grid))
+    def paste(self, whole: Tensor, part: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:
+        """`whole` with the chosen windows of `part`, which is as large as the box.
+
+        Args:
+            weights: of `part`, float `[rows, columns]`; 0 outside of the chosen windows. By default 1 in them.
+        """
+        result, under = whole.clone(), self.crop(whole, grid)
+        if weights is None:
+            result[self._box(whole, grid)] = torch.where(self.mask(part), part, under)
+        else:
+            result[self._box(whole, grid)] = under.lerp(part, self._spread(weights, part))
         return result
 
     def mask(self, part: Tensor) -> Tensor:
         """Where the chosen windows lie in something as large as the box, bool `[height, width]`."""
+        return self._spread(self.chosen, part)
+
+    def _spread(self, tokens: Tensor, part: Tensor) -> Tensor:
+        """What tokens of the box have, for all that a token covers in something as large as the box."""
         high, wide = part.shape[-2] // len(self.rows), part.shape[-1] // len(self.columns)
-        return self.chosen.to(part.device).repeat_interleave(high, 0).repeat_interleave(wide, 1)
+        return tokens.to(part.device).repeat_interleave(high, 0).repeat_interleave(wide, 1)
 
     def _box(self, whole: Tensor, grid: Grid) -> tuple[EllipsisType, slice, slice]:
         high, wide = whole.shape[-2] // grid.height, whole.shape[-1] // grid.width
@@ -130,6 +141,17 @@ def regions_around(layout: Layout, chosen: Tensor, margin: int | None = None) ->
         box_rows, box_columns = (range(side.start, side.stop) for side in box)
         regions.append(Region(box_rows, box_columns, mine))
     return regions
+
+
+def blending(chosen: Tensor, over: int) -> Tensor:
+    """Weights in [0, 1] of what is put in where `chosen`, bool `[h, w]`, over what is there.
+
+    They rise from the border inwards, over `over` places, so that nothing outside changes and no line shows; at the
+    picture's edges there is nothing to blend with.
+    """
+    around = torch.nn.functional.pad(chosen[None, None].float(), (over,) * 4, mode="replicate")[0, 0] > 0
+    depth = torch.from_numpy(ndimage.distance_transform_cdt(around.numpy(), "chessboard"))[over:-over, over:-over]
+    return ((depth - 0.5) / over).clamp(0, 1)
 
 
 def share_of_boxes(chosen: Tensor, layout: Layout) -> float:

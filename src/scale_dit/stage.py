@@ -22,10 +22,11 @@ AfterStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class LocalPrompt:
-    """Windows that read a text of their own."""
+    """Windows that read a text of their own, and how much of it counts, `[rows, columns]` of the region's box."""
 
     region: Region
     text: Text
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,8 @@ class Stage:
         regions: All of the picture that changes, each computed in a pass over its box alone; elsewhere the velocity is
             0. `None`: everything changes.
         local: Windows with prompts of their own: there, the velocity is that of a pass over their region alone.
-        rolled: The same stage over the draft moved as the picture is by `shift`.
-        shift: How far every second step sees the picture moved, in rows and columns of tokens, what leaves it at one
-            side coming back at the other: so no edge stays one, and the picture joins itself.
+        moved: The same stage over a picture and a draft that are moved at a step, what leaves them at one side coming
+            back at the other, and how far the picture is: so no edge stays one, and the picture joins itself.
     """
 
     base: Driver
@@ -55,26 +55,27 @@ class Stage:
     pull: tuple[Tensor, LowPass] | None = None
     regions: Sequence[Region] | None = None
     local: Sequence[LocalPrompt] = ()
-    rolled: Stage | None = None
-    shift: tuple[int, int] = (0, 0)
+    moved: Callable[[int], tuple[Stage, tuple[int, int]]] | None = None
 
     def sample(
         self, latents: Tensor, scheduler: FlowMatchEulerDiscreteScheduler, after_step: AfterStep | None = None
     ) -> Tensor:
         """Latents `[B, C, h, w]` at the scheduler's first noise level -> clean latents, float32."""
-        if self.rolled is None:
+        if self.moved is None:
             return denoise(self.velocity, latents, scheduler, after_step)
         steps = {sigma: index for index, sigma in enumerate(scheduler.sigmas.tolist())}
+        grid, moved_stage = self.plan.layout.image, self.moved
 
-        def alternating(latents: Tensor, sigma: float) -> Tensor:
-            return self.velocity(latents, sigma) if steps[sigma] % 2 == 0 else self._moved_velocity(latents, sigma)
+        def velocity(latents: Tensor, sigma: float) -> Tensor:
+            stage, (rows, columns) = moved_stage(steps[sigma])
+            return moved(stage.velocity(moved(latents, grid, (rows, columns)), sigma), grid, (-rows, -columns))
 
-        return denoise(alternating, latents, scheduler, after_step)
+        return denoise(velocity, latents, scheduler, after_step)
 
     def within(self, region: Region) -> Stage:
         """The stage over a region's box alone; the pull is that of the whole."""
         plan = self.plan.box(region.rows, region.columns)
-        return replace(self, plan=plan, pull=None, regions=None, local=(), rolled=None)
+        return replace(self, plan=plan, pull=None, regions=None, local=(), moved=None)
 
     def velocity(self, latents: Tensor, sigma: float) -> Tensor:
         """Velocity `[B, C, h, w]`, float32, of latents at a noise level."""
@@ -83,25 +84,19 @@ class Stage:
         else:
             velocity = torch.zeros_like(latents, dtype=torch.float32)
             for region in self.regions:
-                velocity = self._pasted(velocity, region, self.text, latents, sigma)
+                velocity = self._pasted(velocity, LocalPrompt(region, self.text), latents, sigma)
         for part in self.local:
-            velocity = self._pasted(velocity, part.region, part.text, latents, sigma)
+            velocity = self._pasted(velocity, part, latents, sigma)
         if self.pull is None:
             return velocity
         draft, low_pass = self.pull
         return low_pass_guidance(velocity, latents, draft, sigma, low_pass, self.plan.method.scale)
 
-    def _pasted(self, velocity: Tensor, region: Region, text: Text, latents: Tensor, sigma: float) -> Tensor:
+    def _pasted(self, velocity: Tensor, part: LocalPrompt, latents: Tensor, sigma: float) -> Tensor:
         """A velocity with that of a pass over a region's box in place of the region's."""
-        grid = self.plan.layout.image
-        inside = replace(self.within(region), text=text)
-        return region.paste(velocity, inside.velocity(region.crop(latents, grid), sigma), grid)
-
-    def _moved_velocity(self, latents: Tensor, sigma: float) -> Tensor:
-        assert self.rolled is not None
-        grid, (rows, columns) = self.plan.layout.image, self.shift
-        velocity = self.rolled.velocity(moved(latents, grid, (rows, columns)), sigma)
-        return moved(velocity, grid, (-rows, -columns))
+        grid, region = self.plan.layout.image, part.region
+        inside = replace(self.within(region), text=part.text)
+        return region.paste(velocity, inside.velocity(region.crop(latents, grid), sigma), grid, part.weights)
 
     def _guided(self, latents: Tensor, sigma: float) -> Tensor:
         order, grid = self.plan.layout.image_order, self.plan.layout.image

@@ -1,4 +1,4 @@
-"""Pictures that join themselves at their edges: how far every second step sees them moved."""
+"""Pictures that join themselves at their edges: how far each step sees them moved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 
 WRAPS = ("none", "horizontal", "both")
+STRIDES = (0.7548776662466927, 0.6180339887498949)
+"""Shares of the rows and columns that one step after the other moves on by: multiples of these leave no large gap."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class Shift:
 
     image: tuple[int, int]
     draft: tuple[int, int]
+
+
+STILL = Shift((0, 0), (0, 0))
 
 
 def check_wrap(wrap: str) -> None:
@@ -28,33 +33,34 @@ def check_wrap(wrap: str) -> None:
         raise UserError(f"unknown wrap {wrap!r}: use one of {', '.join(WRAPS)}")
 
 
-def wrap_shift(image: Grid, draft: Grid | None, wrap: str) -> Shift:
-    """How far every second step sees a picture moved so that it joins itself: about half of it.
+def wrap_shift(image: Grid, draft: Grid | None, wrap: str, step: int) -> Shift:
+    """How far a step sees a picture moved that is to join itself: at each step its edges lie somewhere else.
 
-    By whole cells of the picture, and by whole tokens of the draft: as far as their sides allow, by the same share.
+    By whole cells of the picture, and by whole tokens of the draft: by nearly the same share of their sides.
+
+    Args:
+        wrap: `none`, `horizontal` (left and right edge join) or `both`.
+        step: From 0 on.
 
     Raises:
         UserError: `wrap` is unknown.
     """
     check_wrap(wrap)
-    moved = [
-        _half(side, draft_side, image.cell)
-        for side, draft_side in zip(
-            (image.height, image.width), (draft.height, draft.width) if draft else (1, 1), strict=True
-        )
-    ]
-    wanted = {"none": (0, 0), "horizontal": (0, 1), "both": (1, 1)}[wrap]
-    rows, columns = ((move[0] * use, move[1] * use) for move, use in zip(moved, wanted, strict=True))
+    below = draft or Grid(1, 1, 1)
+    sides = zip((image.height, image.width), (below.height, below.width), STRIDES, strict=True)
+    rows, columns = (_nearest(side, under, image.cell, step * stride % 1.0) for side, under, stride in sides)
+    still = (0, 0)
+    rows, columns = {"none": (still, still), "horizontal": (still, columns), "both": (rows, columns)}[wrap]
     return Shift((rows[0], columns[0]), (rows[1], columns[1]))
 
 
-def _half(side: int, draft_side: int, cell: int) -> tuple[int, int]:
-    """Tokens of the picture and of the draft, about half of either, that are most nearly the same share."""
+def _nearest(side: int, draft_side: int, cell: int, share: float) -> tuple[int, int]:
+    """Tokens of the picture and of the draft, near a share of either, that are most nearly the same share."""
 
-    def error(tokens: int) -> tuple[float, int]:
-        share = tokens * draft_side / side
-        return abs(share - round(share)), abs(2 * tokens - side)
+    def error(tokens: int) -> tuple[float, float]:
+        under = tokens * draft_side / side
+        return abs(under - round(under)), abs(tokens - share * side)
 
-    nearest = min(range(0, side, cell), key=lambda tokens: abs(2 * tokens - side))
-    tokens = min((each for each in range(0, side, cell) if abs(each - nearest) <= side / 8), key=error)
+    nearest = min(range(0, side, cell), key=lambda tokens: abs(tokens - share * side))
+    tokens = min((each for each in range(0, side, cell) if abs(each - nearest) <= side / 16), key=error)
     return tokens, round(tokens * draft_side / side)

@@ -252,3 +252,16 @@ def test_a_picture_whose_edges_join_is_the_same_from_python(make, small_settings
     ).images[0]  # fmt: skip
     assert torch.equal((picture * 255).round().to(torch.uint8), load_picture(file))
     assert changed(file, make("edges")).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["none", "model", "group"])
+def test_on_a_gpu_whatever_is_offloaded(make, small_settings, offload):
+    options = {
+        "device": "cuda", "memory": Memory(offload=offload), "sampling": replace(SAMPLING, wrap="both"),
+        "picture": replace(PICTURE, window_prompts=(STAR,)),
+    }  # fmt: skip
+    before = make(f"before {offload}", **options)
+    difference = changed(before, make(f"after {offload}", remake=Remake(FinishedPicture(before), BOX), **options))
+    assert difference.any()
+    assert not difference[:, 64 + window(small_settings) :].any()

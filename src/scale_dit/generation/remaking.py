@@ -13,7 +13,7 @@ from scale_dit.generation.maker import LatentsKeeper, Making, Workshop, enough_m
 from scale_dit.generation.photo import PhotoLatents
 from scale_dit.generation.pictures import Picture
 from scale_dit.generation.remake import Remake
-from scale_dit.local_control import blending
+from scale_dit.regions import blending
 from scale_dit.sampling import derived_generators
 
 
@@ -80,7 +80,9 @@ class Remaking(Making):
         The whole is decoded, since a decoder's norms and attention see it all: a box decoded by itself would have other
         contrasts.
         """
-        pixels, weights, top = self.remake.source.pixels(), blending(self.chosen, self.token_size), 0
+        token = self.token_size
+        chosen = self.chosen.repeat_interleave(token, 0).repeat_interleave(token, 1)
+        pixels, weights, top = self.remake.source.pixels(), blending(chosen, token), 0
         for band in decoded:
             rows = slice(top, top + band.shape[1])
             yield (pixels[:, rows] / 255).lerp(band.cpu(), weights[rows])

@@ -92,7 +92,9 @@ class Planner:
         draft_steps = work.draft_steps if work.draft is not None else 0
         draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
         refine = self._passes(spent(work.refine), work.refine_steps, way) if work.refine is not None else 0.0
-        refine += self._passes(spent(work.guidance), 1, way) if work.guidance is not None else 0.0
+        if work.guidance is not None:  # where edges join, every step sees another draft
+            passes = 1 if self.tracer.sampling.wrap == "none" else work.refine_steps
+            refine += self._passes(spent(work.guidance), passes, way)
         text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
         computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
         found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}

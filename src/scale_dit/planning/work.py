@@ -121,9 +121,8 @@ class Tracer:
         kept: list[tuple[Tensor, Tensor]] = []
 
         def run() -> None:
-            for _ in range(1 if self.sampling.wrap == "none" else 2):  # of the draft, and of the moved draft
-                tokens = torch.empty(1, plan.layout.guidance_tokens, self._token_width, device=META)
-                kept.extend(self.driver.guidance_pass(tokens, self.driver.blank_text().pooled, plan, scale))
+            tokens = torch.empty(1, plan.layout.guidance_tokens, self._token_width, device=META)
+            kept.extend(self.driver.guidance_pass(tokens, self.driver.blank_text().pooled, plan, scale))
 
         return trace(run), kept
 
