@@ -17,9 +17,9 @@ def test_one_kernel_for_all_is_torchs_attention():
 
 
 def test_processors_and_float32_take_torchs_own():
-    assert way_on(CPU, torch.bfloat16, 512) == "torch"
-    assert way_on(torch.device("meta"), torch.float32, 512) == "torch"
-    assert way_on(torch.device("meta"), torch.bfloat16, 512) == "weighed", "a plan without a card counts scores"
+    assert way_on(CPU, torch.bfloat16) == "torch"
+    assert way_on(torch.device("meta"), torch.float32) == "torch"
+    assert way_on(torch.device("meta"), torch.bfloat16) == "softmax", "a plan without a card counts scores"
 
 
 @pytest.mark.gpu

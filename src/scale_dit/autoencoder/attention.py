@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import torch
 from scale_dit_kernels.wide import attend_wide, weigh
@@ -45,16 +44,13 @@ HELD = {"torch": 0.0, "fused": 0.0, "weighed": 1.5, "softmax": 2.5}
 """Bytes at the peak for each byte of scores in float32."""
 
 
-def way_on(device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """The way for heads of `width` on a device; torch's fused kernels are several times slower above 256 on GPUs."""
-    if device.type == "cpu" or dtype == torch.float32:
-        return "torch"
-    if device.type == "cuda" and (torch.version.cuda is None or find_spec("triton") is None):
-        return "softmax"
-    # The tiles of wider heads do not fit, and other cards have less room for them.
-    if device.type == "cuda" and width in (256, 512) and torch.cuda.get_device_capability(device) == (9, 0):
-        return "fused"
-    return "weighed"
+def way_on(device: torch.device, dtype: torch.dtype) -> str:
+    """The way on a device; torch's fused kernels are several times slower above a width of 256 on GPUs.
+
+    The project's kernels, `fused` and `weighed`, are not taken before `python src/benchmark.py kernel=wide_attention` has
+    measured them on a card.
+    """
+    return "torch" if device.type == "cpu" or dtype == torch.float32 else "softmax"
 
 
 def attend_all(
@@ -67,7 +63,7 @@ def attend_all(
         way: One of `WAYS`; by default that of `way_on`.
     """
     width = query.shape[-1]
-    way = way or way_on(query.device, query.dtype, width)
+    way = way or way_on(query.device, query.dtype)
     if way == "torch":
         with sdpa_kernel(FUSED) if query.device.type == "cuda" else nullcontext():
             return functional.scaled_dot_product_attention(query, key, value)

@@ -82,7 +82,7 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
 def _streamed_bytes(vae: Any, levels: Levels, mode: str, band_elements: int, device: torch.device | None) -> int:
     _, deepest, pixels = levels[0]
     queries = min(pixels, band_elements // 4 // deepest)
-    each_score = HELD[way_on(vae.device if device is None else device, vae.dtype, deepest)]
+    each_score = HELD[way_on(vae.device if device is None else device, vae.dtype)]
     scores = round(each_score * min(SCORE_BYTES, 4 * pixels * queries))
     scores += RESULTS * queries * deepest * vae.dtype.itemsize
     widest = max(max(before, channels) * pixels for before, channels, pixels in levels)
