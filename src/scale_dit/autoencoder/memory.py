@@ -1,7 +1,7 @@
 """Device memory that decoding and encoding take, worked out from the autoencoder's shape.
 
 What convolutions need for themselves is not in it. At 8192 x 8192 px in bfloat16 FLUX.1's decoder is told to take
-103 GB `whole`, 36 GB `streamed` (a plane is 17.2 GB), and 7 GB `host` or `tiled`, whose middle layers see everything.
+103 GB `whole`, 36 GB `streamed` (a plane is 17.2 GB), 7.5 GB `host` and 7.4 GB `tiled`: middle layers see everything.
 """
 
 from __future__ import annotations
