@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     base, method = hydra.utils.instantiate(cfg.base), hydra.utils.instantiate(cfg.method)
     base.check_weights()
     remake = Remake.of(values["remake"], values["boxes"], values["mask"])
-    windows = read_window_prompts(values["window_prompts"])
+    windows = None if values["window_prompts"] is None else read_window_prompts(values["window_prompts"])
     texts = values["prompt"], values["prompts_file"]
     prompts = [remake.prompt(windows)] if remake is not None and texts == (None, None) else collect_prompts(*texts)
     sampling = Sampling(**{name: values[name] for name in SAMPLING})
@@ -72,9 +72,10 @@ def main(cfg: DictConfig) -> None:
     photo = DraftPhoto(Path(values["draft"])) if values["draft"] is not None else None
     for_all = {name: values[name] for name in FOR_ALL}
     if remake is not None:
-        remake.check(for_all["height"], for_all["width"], photo, job)
-        for_all |= dict(zip(("height", "width"), remake.source.photo.size, strict=True))
-    pictures = collect_pictures(prompts, base, method, sampling, photo=photo, window_prompts=windows, **for_all)
+        for_all |= remake.size(for_all["height"], for_all["width"], base.token_size)
+        if for_all["negative_prompt"] is None and remake.source.picture is not None:
+            for_all["negative_prompt"] = remake.source.picture.negative_prompt
+    pictures = collect_pictures(prompts, base, method, sampling, photo=photo, window_prompts=windows or (), **for_all)
     loras = Loras(default_lora(cfg.lora.path), cfg.lora.base, style_loras(values["style_loras"]))
     made = generate(
         pictures, base, method, sampling, cfg.output,

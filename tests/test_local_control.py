@@ -14,7 +14,7 @@ from scale_dit.local_control import WindowPrompt, WindowText, local_prompts, rem
 from scale_dit.method import Method
 from scale_dit.models.flux1 import Flux1
 from scale_dit.regions import Region, blending, moved, regions_around, share_of_boxes, whole_windows
-from scale_dit.sampling import make_scheduler
+from scale_dit.sampling import LowPass, low_pass, make_scheduler
 from scale_dit.stage import LocalPrompt, Stage
 from scale_dit.wrapping import wrap_shift
 
@@ -136,6 +136,21 @@ class CountedTokens:
 
 
 @torch.no_grad()
+def test_the_pull_knows_what_stays(stage):
+    """A perfect draft pulls a window as it pulls the whole, since the velocity of what stays is known."""
+    finished, eps = noise(1, 16, 2 * HIGH, 2 * WIDE, seed=1), noise(1, 16, 2 * HIGH, 2 * WIDE)
+    pulled = dataclasses.replace(stage, pull=(finished, LowPass(1.0, "constant")))
+    chosen = touched(slice(4, 12), slice(8, 16))
+    with_pull, without = (
+        remake(each, chosen, finished, eps, make_scheduler(1, 1.0, 1.0, torch.device("cpu")))
+        for each in (pulled, stage)
+    )
+    still = low_pass(without - finished, METHOD.scale)
+    mask = pixels(chosen)
+    torch.testing.assert_close(with_pull[..., mask], (without - still)[..., mask], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_windows_that_are_made_anew_keep_their_own_prompts(base, stage):
     layout, other = stage.plan.layout, random_text(1, base.transformer, seed=7)
     finished, eps = noise(1, 16, 2 * HIGH, 2 * WIDE, seed=1), noise(1, 16, 2 * HIGH, 2 * WIDE)
@@ -158,6 +173,8 @@ def test_new_pixels_are_blended_inside_their_windows():
     assert (weights[outside] == 0).all()
     assert (weights[80:112, 272:320] == 1).all(), "at the picture's edge there is nothing to blend with"
     assert torch.equal(weights[64:80, 300], (torch.arange(16) + 0.5) / 16)
+    joined = blending(chosen, 2, "horizontal")
+    assert joined[6, 16:].tolist() == [0.25, 0.75, 0.75, 0.25], "its right edge meets what stays"
 
 
 def test_boxes_outside_the_picture_are_named(stage):

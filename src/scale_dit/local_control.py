@@ -12,7 +12,7 @@ from torch import Tensor
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 from scale_dit.models.text import Text
-from scale_dit.regions import Box, Region, blending, regions_around, tokens_of_boxes, whole_windows
+from scale_dit.regions import Box, Region, blending, moved, regions_around, tokens_of_boxes, whole_windows
 from scale_dit.sampling import add_noise
 from scale_dit.stage import AfterStep, LocalPrompt, Stage
 
@@ -41,7 +41,9 @@ class WindowText:
     text: Text
 
 
-def local_prompts(texts: Sequence[WindowText], layout: Layout, shift: tuple[int, int] = (0, 0)) -> list[LocalPrompt]:
+def local_prompts(
+    texts: Sequence[WindowText], layout: Layout, shift: tuple[int, int] = (0, 0), wrap: str = "none"
+) -> list[LocalPrompt]:
     """What a stage reads where, its picture moved by `shift` rows and columns of tokens.
 
     Of windows with several texts, the last one counts. Texts change over one cell.
@@ -49,7 +51,7 @@ def local_prompts(texts: Sequence[WindowText], layout: Layout, shift: tuple[int,
     found = []
     for each in texts:
         chosen = whole_windows(each.touched, layout)
-        weights = blending(chosen, layout.image.cell).roll(shift, (0, 1))
+        weights = blending(chosen, layout.image.cell, wrap).roll(shift, (0, 1))
         for region in regions_around(layout, chosen.roll(shift, (0, 1))):
             inside = region.crop(weights, layout.image) * region.chosen
             found.append(LocalPrompt(region, each.text, inside))
@@ -83,34 +85,44 @@ def remake(
         `[B, C, h, w]` float32.
     """
     finished, sigmas = finished.float(), scheduler.sigmas.tolist()
-    grid = stage.plan.layout.image
-    everything = Region(range(grid.height), range(grid.width), chosen)
-    changes = everything.mask(finished)
+    changes = _everything(stage.plan.layout, chosen).mask(finished)
 
     def hold(index: int, timestep: Tensor, current: Tensor) -> Tensor:
-        held = torch.where(changes, current, add_noise(finished, noise, sigmas[index + 1]))
+        kept = add_noise(finished, noise, sigmas[index + 1])
+        held = torch.where(changes, current, kept)
         changed = after_step(index, timestep, held) if after_step is not None else None
-        return held if changed is None else changed
+        return held if changed is None else torch.where(changes, changed, kept)
 
     first = add_noise(finished, noise, sigmas[0]) if latents is None else latents
-    return _limited(stage, chosen).sample(first, scheduler, hold)
+    return _limited(stage, chosen, noise - finished).sample(first, scheduler, hold)
 
 
-def _limited(stage: Stage, chosen: Tensor) -> Stage:
-    """The stage over chosen tokens, bool `[height, width]`, alone."""
+def _everything(layout: Layout, chosen: Tensor) -> Region:
+    """The whole picture as a region of which some tokens are chosen."""
+    return Region(range(layout.image.height), range(layout.image.width), chosen)
 
-    def concerns(part: LocalPrompt) -> bool:
-        rows, columns = (slice(side.start, side.stop) for side in (part.region.rows, part.region.columns))
-        return bool((chosen[rows, columns] & part.region.chosen).any())
+
+def _limited(stage: Stage, chosen: Tensor, elsewhere: Tensor) -> Stage:
+    """The stage over chosen tokens, bool `[height, width]`, alone; `elsewhere` is the velocity of all else."""
+    layout = stage.plan.layout
+
+    def limited_prompts(part: LocalPrompt) -> list[LocalPrompt]:
+        everywhere = part.region.chosen if part.weights is None else part.weights
+        weights = part.region.paste(torch.zeros(chosen.shape), everywhere.float(), layout.image) * chosen
+        return [
+            LocalPrompt(region, part.text, region.crop(weights, layout.image))
+            for region in regions_around(layout, weights > 0)
+        ]
 
     def limited_at(step: int) -> tuple[Stage, tuple[int, int]]:
         assert stage.moved is not None
         there, shift = stage.moved(step)
-        return _limited(there, chosen.roll(shift, (0, 1))), shift
+        return _limited(there, chosen.roll(shift, (0, 1)), moved(elsewhere, layout.image, shift)), shift
 
     return replace(
         stage,
-        regions=regions_around(stage.plan.layout, chosen),
-        local=[part for part in stage.local if concerns(part)],
+        regions=regions_around(layout, chosen),
+        elsewhere=elsewhere,
+        local=[limited for part in stage.local for limited in limited_prompts(part)],
         moved=None if stage.moved is None else limited_at,
     )

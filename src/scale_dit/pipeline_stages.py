@@ -175,7 +175,7 @@ class StagedPipeline(LoadedPipeline):
             keys_values = self.base.guidance_pass(tokens, prompts.text.pooled, plan, recipe.guidance_scale)
         if begin is not None and recipe.low_pass.strength > 0:
             pull = moved(begin, plan.layout.image, shift.image), recipe.low_pass
-        local = local_prompts(prompts.windows, plan.layout, shift.image)
+        local = local_prompts(prompts.windows, plan.layout, shift.image, recipe.wrap)
         return Stage(
             self.base, plan, prompts.text, prompts.negative, recipe.guidance_scale, keys_values, pull, local=local
         )

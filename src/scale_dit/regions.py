@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
@@ -143,14 +144,15 @@ def regions_around(layout: Layout, chosen: Tensor, margin: int | None = None) ->
     return regions
 
 
-def blending(chosen: Tensor, over: int) -> Tensor:
+def blending(chosen: Tensor, over: int, wrap: str = "none") -> Tensor:
     """Weights in [0, 1] of what is put in where `chosen`, bool `[h, w]`, over what is there.
 
-    They rise from the border inwards, over `over` places, so that nothing outside changes and no line shows; at the
-    picture's edges there is nothing to blend with.
+    They rise from the border inwards, over `over` places, so that nothing outside changes and no line shows. At an edge
+    of the picture there is nothing to blend with, unless it joins the opposite one, see `scale_dit.wrapping`.
     """
-    around = torch.nn.functional.pad(chosen[None, None].float(), (over,) * 4, mode="replicate")[0, 0] > 0
-    depth = torch.from_numpy(ndimage.distance_transform_cdt(around.numpy(), "chessboard"))[over:-over, over:-over]
+    around = np.pad(chosen.numpy(), ((over, over), (0, 0)), mode="wrap" if wrap == "both" else "edge")
+    around = np.pad(around, ((0, 0), (over, over)), mode="edge" if wrap == "none" else "wrap")
+    depth = torch.from_numpy(ndimage.distance_transform_cdt(around, "chessboard"))[over:-over, over:-over]
     return ((depth - 0.5) / over).clamp(0, 1)
 
 

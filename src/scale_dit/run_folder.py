@@ -147,7 +147,10 @@ def path_argument(arguments: Sequence[str], option: str) -> Path | None:
     given = [argument for argument in arguments if _is_override(argument) and _key(argument) == option]
     if not given:
         return None
-    return Path(OverridesParser.create().parse_override(given[-1]).value())  # type: ignore[arg-type]
+    path = OverridesParser.create().parse_override(given[-1]).value()
+    if not isinstance(path, str):
+        raise UserError(f"{option} is given more than once: it takes one path")
+    return Path(path)
 
 
 def arguments_of_run(

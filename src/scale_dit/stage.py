@@ -39,8 +39,8 @@ class Stage:
         guidance_scale: Of classifier-free guidance, or the input of a distilled base.
         keys_values: The draft's keys and values in every block; the same in every step and in both branches.
         pull: The draft at the picture's size, towards which low frequencies are pulled, and how.
-        regions: All of the picture that changes, each computed in a pass over its box alone; elsewhere the velocity is
-            0. `None`: everything changes.
+        elsewhere: Velocity of what is in none of the regions, `[B, C, h, w]`. `None`: everything is computed.
+        regions: What is computed then, each in a pass over its box alone.
         local: Windows with prompts of their own: there, the velocity is that of a pass over their region alone.
         moved: The same stage over a picture and a draft that are moved at a step, what leaves them at one side coming
             back at the other, and how far the picture is: so no edge stays one, and the picture joins itself.
@@ -53,7 +53,8 @@ class Stage:
     guidance_scale: float
     keys_values: Sequence[KeysValues] | None = None
     pull: tuple[Tensor, LowPass] | None = None
-    regions: Sequence[Region] | None = None
+    elsewhere: Tensor | None = None
+    regions: Sequence[Region] = ()
     local: Sequence[LocalPrompt] = ()
     moved: Callable[[int], tuple[Stage, tuple[int, int]]] | None = None
 
@@ -75,16 +76,13 @@ class Stage:
     def within(self, region: Region) -> Stage:
         """The stage over a region's box alone; the pull is that of the whole."""
         plan = self.plan.box(region.rows, region.columns)
-        return replace(self, plan=plan, pull=None, regions=None, local=(), moved=None)
+        return replace(self, plan=plan, pull=None, elsewhere=None, regions=(), local=(), moved=None)
 
     def velocity(self, latents: Tensor, sigma: float) -> Tensor:
         """Velocity `[B, C, h, w]`, float32, of latents at a noise level."""
-        if self.regions is None:
-            velocity = self._guided(latents, sigma)
-        else:
-            velocity = torch.zeros_like(latents, dtype=torch.float32)
-            for region in self.regions:
-                velocity = self._pasted(velocity, LocalPrompt(region, self.text), latents, sigma)
+        velocity = self._guided(latents, sigma) if self.elsewhere is None else self.elsewhere
+        for region in self.regions:
+            velocity = self._pasted(velocity, LocalPrompt(region, self.text), latents, sigma)
         for part in self.local:
             velocity = self._pasted(velocity, part, latents, sigma)
         if self.pull is None:

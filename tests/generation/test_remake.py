@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from training_runs import ROOT, command_environment
 
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Picture, Remake, Sampling, collect_pictures, generate, read_prompts
@@ -87,7 +90,7 @@ def test_a_remade_picture_is_remade_in_turn(make, finished):
 
 def test_what_is_put_in_is_what_decoding_the_whole_would_show(make, finished, small_settings):
     file = make("near", remake=Remake(FinishedPicture(finished), BOX))
-    latents = FinishedPicture(file).latents
+    latents = FinishedPicture(file).latents(read_provenance(file)["settings"])
     pipeline = ScaleDiTPipeline.from_pretrained(small_settings.path, settings=small_settings)
     whole = pipeline.decode(latents)[0]
     side, blended = window(small_settings), small_settings.token_size
@@ -97,12 +100,72 @@ def test_what_is_put_in_is_what_decoding_the_whole_would_show(make, finished, sm
     assert torch.equal(load_picture(file)[:, inside, inside], shown[:, inside, inside])
 
 
-def test_the_same_seed_draws_other_noise_and_another_seed_another_window(make, finished):
+def test_every_remake_draws_noise_of_its_own(make, finished):
     remake = Remake(FinishedPicture(finished), BOX)
-    again = make("again", remake=remake)
+    once = make("once", remake=remake)
+    twice = make("twice", remake=Remake(FinishedPicture(once), BOX))
     other = make("other", replace(PICTURE, seed=1), remake=remake)
-    assert changed(finished, again).any()
-    assert changed(again, other).any()
+    inside = slice(80, 112)
+    assert changed(once, twice)[inside, inside].mean() > 0.5
+    assert changed(once, other)[inside, inside].mean() > 0.5
+
+
+def test_latents_are_of_the_file_as_it_is_and_of_the_same_base(make):
+    made = make("painted")
+    settings = read_provenance(made)["settings"]
+    assert FinishedPicture(made).latents(settings) is not None
+    assert FinishedPicture(made).draft(settings) is not None
+    assert FinishedPicture(made).latents(settings | {"weights": "of another base"}) is None
+    save_picture(1 - load_picture(made) / 255, made, read_provenance(made))
+    assert FinishedPicture(made).latents(settings) is None
+    assert FinishedPicture(made).draft(settings) is None
+
+
+def test_the_source_and_its_run_are_left_alone(make, finished):
+    before = {file: file.read_bytes() for file in finished.parent.rglob("*") if file.is_file()}
+    source = FinishedPicture(finished)
+    wrong = {
+        "is the folder of": {"folder": "finished", "remake": Remake(source, BOX)},
+        "inside the picture": {"folder": "finished2", "remake": Remake(source, [[0, 0, 9999, 9]])},
+        "quality=80 would change": {"folder": "lossy", "remake": Remake(source, BOX), "files": Files("webp", 80)},
+        "leave out height=128": {"folder": "x", "remake": Remake(source, BOX), "picture": replace(PICTURE, height=128)},
+        "neither draft=": {"folder": "drafts", "remake": Remake(source, BOX), "job": Job(stage="draft")},
+    }  # fmt: skip
+    for message, options in wrong.items():
+        with pytest.raises(UserError, match=message):
+            make(**options, overwrite=True)
+    assert {file: file.read_bytes() for file in finished.parent.rglob("*") if file.is_file()} == before
+    assert not (finished.parent.parent / "finished2").exists()
+
+
+@pytest.mark.slow
+def test_the_command_takes_over_what_the_picture_was_made_with(finished, tmp_path):
+
+    def run(*arguments: str) -> Path:
+        ran = subprocess.run(
+            [sys.executable, str(ROOT / "src" / "generate.py"), *arguments],
+            cwd=tmp_path, env=command_environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        return tmp_path / ran.stdout.splitlines()[-1]
+
+    common = (
+        "lora.path=none",
+        "steps=2",
+        "draft_steps=2",
+        "height=128",
+        "width=256",
+        "keep_latents=true",
+        "negative_prompt=blur",
+    )
+    base = read_provenance(finished)["settings"]["base"]["path"]
+    first = run(f"base.path={base}", "prompt=a star", *common, "output=one")
+    second = run(f"remake={first}", "boxes=[[0,0,8,8]]", "output=two")
+    Image.new("L", (256, 128), 255).save(tmp_path / "mask.png")
+    third = run(f"remake={second}", "mask=mask.png", "negative_prompt=fog", "output=three")
+    assert [read_provenance(file)["negative_prompt"] for file in (first, second, third)] == ["blur", "blur", "fog"]
+    assert read_provenance(third)["settings"]["sampling"]["steps"] == 2
+    assert read_provenance(third)["settings"]["remake"]["kept"] == {"latents": True, "draft": True}
 
 
 def test_a_picture_by_somebody_else_is_its_own_draft(make, small_settings, tmp_path):
@@ -116,6 +179,7 @@ def test_a_picture_by_somebody_else_is_its_own_draft(make, small_settings, tmp_p
     difference = changed(tmp_path / "theirs.png", file)
     assert difference.any()
     assert not difference[:, 256:].any()
+    assert not difference[128:].any()
 
 
 def test_an_interrupted_remake_goes_on_bit_by_bit(make, finished, monkeypatch):
@@ -146,7 +210,9 @@ def test_an_interrupted_remake_goes_on_bit_by_bit(make, finished, monkeypatch):
 def test_the_options_of_the_run_are_taken_over_but_not_what_it_made(tmp_path):
     record = {"overrides": ["base=tiny", "steps=3", "start=0.9", "prompt='a star'", "seed=4", f"output={tmp_path}"]}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    given = [f"remake='{tmp_path}/00000_seed4.png'", "boxes=[[0,0,8,8]]", "steps=5"]
+    record["overrides"] += ["boxes=[[9,9,10,10]]", "quality=80"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    given = [f"remake='{tmp_path}/00000_seed4.png'", "mask=mask.png", "steps=5"]
     assert remake_arguments(given) == ["base=tiny", "steps=5", *given[:2]]
     assert remake_arguments(["remake=elsewhere.png"]) == ["remake=elsewhere.png"]
 
@@ -162,9 +228,9 @@ def test_what_cannot_be_made_anew_is_said(finished, tmp_path, small_settings):
     with pytest.raises(UserError, match=r"the box \[0, 0, 1\] is not left, top, right, bottom"):
         Remake(source, [[0, 0, 1]])
     with pytest.raises(UserError, match=r"keeps the picture's size, 512 x 256 px: leave out height=128"):
-        Remake(source, BOX).check(128, None, None, Job())
-    with pytest.raises(UserError, match="neither draft="):
-        Remake(source, BOX).check(None, None, None, Job(stage="draft"))
+        Remake(source, BOX).size(128, None, 16)
+    with pytest.raises(UserError, match="512 x 256 px, no multiples of 48: crop or resize it"):
+        Remake(source, BOX).size(None, None, 48)
     layout = METHOD.plan(small_settings, 256, 512).layout
     with pytest.raises(UserError, match="inside the picture of 512 x 256"):
         Remake(source, [[0, 0, 513, 8]]).chosen(layout, 16)
@@ -227,7 +293,9 @@ def test_prompts_of_windows_are_read_from_files(tmp_path, small_settings, caplog
     assert "p.jsonl, line 3: the box [0, 0, 9999, 64]" in caplog.text
 
 
-@pytest.mark.parametrize("value", ["[{box: [0, 0", "5", '[{"box": [0, 0, 1.5, 8], "prompt": "a star"}]'])
+@pytest.mark.parametrize(
+    "value", ["[{box: [0, 0", "5", "a star", ["a star"], '[{"box": [0, 0, 1.5, 8], "prompt": "a star"}]']
+)
 def test_prompts_of_windows_that_are_none_are_named(value):
     with pytest.raises(UserError, match="box"):
         read_window_prompts(value)

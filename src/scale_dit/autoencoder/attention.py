@@ -47,8 +47,8 @@ HELD = {"torch": 0.0, "fused": 0.0, "weighed": 1.5, "softmax": 2.5}
 def way_on(device: torch.device, dtype: torch.dtype) -> str:
     """The way on a device; torch's fused kernels are several times slower above a width of 256 on GPUs.
 
-    The project's kernels, `fused` and `weighed`, are not taken before `python src/benchmark.py kernel=wide_attention` has
-    measured them on a card.
+    The project's kernels, `fused` and `weighed`, are not taken before `python src/benchmark.py kernel=wide_attention`
+    has measured them on a card.
     """
     return "torch" if device.type == "cpu" or dtype == torch.float32 else "softmax"
 

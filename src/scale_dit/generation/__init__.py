@@ -6,7 +6,7 @@ from scale_dit.generation.loras import Loras
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling, collect_pictures, collect_prompts
 from scale_dit.generation.prompts import Prompt, quote_text_options, read_prompts
-from scale_dit.generation.remake import Remake
+from scale_dit.generation.remake import FinishedPicture, Remake
 from scale_dit.generation.resume import remake_arguments, resume_arguments
 from scale_dit.generation.run import generate
 from scale_dit.generation.window_prompts import read_window_prompts
@@ -14,6 +14,7 @@ from scale_dit.generation.window_prompts import read_window_prompts
 __all__ = [
     "DraftPhoto",
     "Files",
+    "FinishedPicture",
     "Job",
     "Loras",
     "Picture",

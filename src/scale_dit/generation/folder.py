@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,23 @@ class OutputFolder:
         """A picture's latents behind all of its steps, as saved; `None` if they are not there."""
         saved = self.latents.load(f"{picture.stem}.refine", self.latents_fingerprint(picture))
         return saved[0] if saved is not None and saved[1] == steps else None
+
+    def tie_latents(self, picture: Picture) -> None:
+        """Note which file a picture's latents, which stay, lead to."""
+        with writing(self.path):
+            write_atomically(self._tie(picture), json.dumps({"sha256": self._file_digest(picture)}))
+
+    def is_unchanged(self, picture: Picture) -> bool:
+        """Whether the picture's file is the one that its latents led to."""
+        tie = self._tie(picture)
+        return tie.is_file() and json.loads(tie.read_text()) == {"sha256": self._file_digest(picture)}
+
+    def _tie(self, picture: Picture) -> Path:
+        return self.path / LATENTS / f"{picture.stem}.json"
+
+    def _file_digest(self, picture: Picture) -> str:
+        with self.file(picture).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def draft_file(self, picture: Picture) -> Path:
         """Where a preview of its draft goes."""

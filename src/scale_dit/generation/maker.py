@@ -149,7 +149,9 @@ class Making:
         with enough_memory("decode", self.folder, "stage=decode", "memory.decode=tiled"):
             bands = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
             self.folder.keep(self.picture, bands, self.cost, self.pipeline.decoding.mode)
-        if not self.folder.files.keep_latents:
+        if self.folder.files.keep_latents:
+            self.folder.tie_latents(self.picture)
+        else:
             self.folder.latents.remove(f"{self.picture.stem}.refine")
             if not self.folder.draft_file(self.picture).is_file():  # nobody chose from drafts, or will again
                 self.folder.latents.remove(f"{self.picture.stem}.draft")

@@ -122,5 +122,5 @@ class DraftPhoto:
 
     def _unusable(self, error: PictureError) -> UserError:
         return UserError(
-            f"the draft {self.path} cannot be used ({error}): give a picture file such as PNG, JPEG, TIFF or WebP"
+            f"the picture {self.path} cannot be used ({error}): give a picture file such as PNG, JPEG, TIFF or WebP"
         )

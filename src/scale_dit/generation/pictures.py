@@ -149,7 +149,7 @@ def collect_pictures(
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     window_prompts: Sequence[WindowPrompt] = (),
     photo: DraftPhoto | None = None,
 ) -> list[Picture]:
@@ -190,7 +190,7 @@ def collect_pictures(
                 raise
             log.warning("left out: %s: %s", prompt.source, error)
             continue
-        negative = negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+        negative = negative_prompt or "" if prompt.negative_prompt is None else prompt.negative_prompt
         first = seed if prompt.seed is None else prompt.seed
         pictures += [Picture(len(pictures) + i, prompt.text, negative, first + i, *size, windows) for i in range(n)]
     if not pictures:

@@ -34,7 +34,7 @@ class Remaking(Making):
 
     @cached_property
     def _drafted(self) -> PhotoLatents:
-        kept = self.remake.source.draft
+        kept = self.remake.source.draft(self.folder.settings)
         if kept is not None:
             return PhotoLatents(kept.to(self._device), None)
         with self._cost("draft"):
@@ -43,7 +43,7 @@ class Remaking(Making):
     @cached_property
     def _finished(self) -> Tensor:
         """The picture's latents."""
-        kept = self.remake.source.latents
+        kept = self.remake.source.latents(self.folder.settings)
         if kept is None:
             with self._cost("draft"):
                 kept = self.pipeline.base.encode_images(self.remake.source.pixels()[None] / 255)
@@ -62,8 +62,9 @@ class Remaking(Making):
             )
 
     def _generators(self) -> list[torch.Generator]:
-        """Not those of the picture's refinement, whose noise would lead to what is there."""
-        return derived_generators(derived_generators([self._generator()]))
+        """Another noise for every source: that of what it was made with would lead to what is there."""
+        seed = self.picture.seed ^ int(self.remake.source.photo.digest, 16)
+        return derived_generators([torch.Generator().manual_seed(seed % 2**63)])
 
     def _decode(self, latents: Tensor) -> None:
         with enough_memory("decode", self.folder, "memory=least"):
@@ -71,6 +72,7 @@ class Remaking(Making):
             self.folder.keep(self.picture, self._put_in(decoded), self.cost, self.pipeline.decoding.mode)
         if self.folder.files.keep_latents:
             self._keep_draft()
+            self.folder.tie_latents(self.picture)
         else:
             self.folder.latents.remove(f"{self.picture.stem}.refine")
 
@@ -82,7 +84,7 @@ class Remaking(Making):
         """
         token = self.token_size
         chosen = self.chosen.repeat_interleave(token, 0).repeat_interleave(token, 1)
-        pixels, weights, top = self.remake.source.pixels(), blending(chosen, token), 0
+        pixels, weights, top = self.remake.source.pixels(), blending(chosen, token, self.recipe.wrap), 0
         for band in decoded:
             rows = slice(top, top + band.shape[1])
             yield (pixels[:, rows] / 255).lerp(band.cpu(), weights[rows])

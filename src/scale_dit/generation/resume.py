@@ -13,7 +13,7 @@ ONE_TIME = ("stage", "pick", "shard", "overwrite")
 
 OF_ITS_PICTURES = (
     "prompt", "prompts_file", "negative_prompt", "window_prompts", "n", "seed", "height", "width", "draft", "start",
-    "output", "hydra.run.dir",
+    "quality", "remake", "boxes", "mask", "output", "hydra.run.dir",
 )  # fmt: skip
 """Options that say what a run makes and where, which windows of one of its pictures made anew do not inherit."""
 

@@ -88,6 +88,10 @@ def generate(
         base, method, sampling, loras or Loras(), photo, backend, *choose_device(device, dtype), memory or Memory(),
         remake,
     )  # fmt: skip
+    if remake is not None:
+        remake.check(pictures, Path(output), files or Files(), job, photo)
+        for picture in pictures:
+            remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
     folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
     selected = job.select(pictures)
     pending = folder.pending(selected, overwrite, job.goes_on)
@@ -203,7 +207,7 @@ def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
 
 def _work(setup: Setup, picture: Picture, stage: str) -> Mapping[str, float]:
     """Tokens times steps of each stage of one picture."""
-    recipe = setup.sampling.recipe(setup.base, setup.method, picture.height, picture.width)
+    recipe = setup.recipe(picture)
     layout, draft = recipe.plan.layout, recipe.draft_plan.layout
     refine_step, draft_step = layout.text + layout.image.tokens, draft.text + draft.image.tokens
     if stage == "draft":

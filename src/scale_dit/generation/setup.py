@@ -21,6 +21,7 @@ from scale_dit.models.single_file import check_transformer_file
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 from scale_dit.planning.run import RunPlan
+from scale_dit.recipe import Recipe
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
@@ -50,6 +51,10 @@ class Setup:
         tile = self.sampling.decode_tile
         return Decoding(self.memory.decode, tile, tile // 4, self.sampling.wrap)
 
+    def recipe(self, picture: Picture) -> Recipe:
+        """How a picture is made."""
+        return self.sampling.recipe(self.base, self.method, picture.height, picture.width)
+
     def settings(self) -> dict[str, Any]:
         """All that decides what pictures look like, as plain values.
 
@@ -67,7 +72,7 @@ class Setup:
         if self.photo is not None:
             found["draft"] = self.photo.digest
         if self.remake is not None:
-            found["remake"] = self.remake.settings()
+            found["remake"] = self.remake.settings(found)
         return found
 
     def plan(self, pictures: Sequence[Picture], drafts_only: bool = False) -> RunPlan:

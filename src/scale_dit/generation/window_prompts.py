@@ -27,7 +27,10 @@ def read_window_prompts(value: Any) -> tuple[WindowPrompt, ...]:
         return ()
     if isinstance(value, str):
         try:
-            return read_window_prompts(yaml.safe_load(value))
+            found = yaml.safe_load(value)
+            if isinstance(found, list | Mapping):
+                return read_window_prompts(found)
+            raise UserError(f"window_prompts {value!r} is no list: use {FORM}")
         except yaml.YAMLError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"window_prompts {value!r} cannot be read ({reason}): use {FORM}") from error

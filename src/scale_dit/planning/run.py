@@ -98,10 +98,12 @@ class RunPlan:
             return found
         layout = self.sampling.recipe(self.base, self.method, picture.height, picture.width).plan.layout
         token = self.base.token_size
-        if self.remake is not None:
-            return found.of_boxes(share_of_boxes(self.remake.chosen(layout, token), layout))
-        touched = (each.tokens(layout.image, token) for each in picture.window_prompts)
-        return found.with_boxes(sum(share_of_boxes(whole_windows(each, layout), layout) for each in touched))
+        chosen = None if self.remake is None else self.remake.chosen(layout, token)
+        share = 1.0 if chosen is None else share_of_boxes(chosen, layout)
+        for each in picture.window_prompts:
+            windows = whole_windows(each.tokens(layout.image, token), layout)
+            share += share_of_boxes(windows if chosen is None else windows & chosen, layout)
+        return found.in_boxes(share, drafts=self.remake is None)
 
 
 def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
