@@ -23,7 +23,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "experiments").glob("*/README.md")),
 ]
-ENTRY_POINTS = ("train", "eval", "generate", "benchmark")
+ENTRY_POINTS = ("train", "eval", "generate", "make_pairs", "benchmark")
 
 
 def command_lines() -> list[tuple[str, list[str]]]:

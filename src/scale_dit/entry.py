@@ -22,8 +22,10 @@ from rich.syntax import Syntax
 from scale_dit.callbacks.checkpoint import Interrupted
 from scale_dit.checkpoint_io import read_checkpoint
 from scale_dit.errors import UserError
+from scale_dit.lightning import ScaleDiTModule
 from scale_dit.loggers import MetricsFile, close_wandb
 from scale_dit.messages import print_error, print_note
+from scale_dit.planning.training_run import TrainingMemory
 from scale_dit.quiet import quiet_libraries
 from scale_dit.run_folder import (
     FAILED,
@@ -136,7 +138,13 @@ def build(cfg: DictConfig) -> dict[str, Any]:
     loggers = instantiate_all(cfg.get("logger"))
     data = hydra.utils.instantiate(cfg.data)
     trainer = hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    model = hydra.utils.instantiate(cfg.model)
+    model_of = hydra.utils.instantiate(cfg.model, _partial_=True)
+    options: dict[str, Any] = {}
+    if model_of.func is ScaleDiTModule:
+        memory = TrainingMemory(data, trainer)
+        trainer.callbacks.append(memory)
+        options["before_loading"] = memory.before_loading
+    model = model_of(**options)
     return {"model": model, "data": data, "trainer": trainer, "callbacks": callbacks, "loggers": loggers}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from scale_dit.attention import check_backend
 from scale_dit.errors import UserError
+from scale_dit.flow_matching import flow_matching_loss
 from scale_dit.lora import (
     ADAPTER,
     LoraSettings,
@@ -27,7 +29,7 @@ from scale_dit.models import load_family
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.text import Text
 from scale_dit.optimisers import build_optimiser, check_optimiser, warmup_cosine
-from scale_dit.sampling import add_noise, training_levels
+from scale_dit.sampling import training_levels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,6 +56,7 @@ class ScaleDiTModule(lightning.LightningModule):
         initial_lora: LoRA file to start from instead of a fresh one.
         export: Folder that gets the LoRA when training ends.
         seed: Seed of noise, noise levels and caption dropout.
+        before_loading: Called with the module when its settings are known to be possible, before weights are loaded.
     """
 
     strict_loading = False
@@ -75,6 +78,7 @@ class ScaleDiTModule(lightning.LightningModule):
         initial_lora: str | None = None,
         export: str | None = None,
         seed: int = 0,
+        before_loading: Callable[[ScaleDiTModule], None] | None = None,
     ):
         super().__init__()
         if dtype not in DTYPES:
@@ -89,10 +93,12 @@ class ScaleDiTModule(lightning.LightningModule):
                 "method.guidance=true, or lora=all_tokens"
             )
         # Only plain values: a config object in a checkpoint cannot be loaded with weights_only.
-        self.save_hyperparameters(ignore=["base", "method", "lora"])
+        self.save_hyperparameters(ignore=["base", "method", "lora", "before_loading"])
         self.base_settings, self.method, self.lora_settings = base, method, lora
         self.plan_for(base.native, base.native)  # says what cannot be before weights are loaded
         initial = self._read_initial(initial_lora) if initial_lora else None
+        if before_loading is not None:
+            before_loading(self)
         self.base = load_family(base).load(
             base, dtype=DTYPES[dtype], backend=backend, gradient_checkpointing=gradient_checkpointing
         )
@@ -131,7 +137,7 @@ class ScaleDiTModule(lightning.LightningModule):
         return loss
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """x_t = (1-t) x_0 + t eps, target eps - x_0, t logit-normal: mean squared error on the image tokens."""
+        """Flow matching (`flow_matching_loss`) at logit-normal noise levels."""
         latents, base = batch["latents"].float(), self.base
         plan = self.plan_for(latents.shape[2] * self._latent_px, latents.shape[3] * self._latent_px)
         clean = base.pack(latents, plan.layout.image_order)
@@ -139,16 +145,17 @@ class ScaleDiTModule(lightning.LightningModule):
         levels = self.base_settings
         time = training_levels(len(clean), levels.training_shift, self.device, generator, levels.training_spread)
         text = Text(**batch["text"])
-        keys_values = None
+        draft = None
         if plan.layout.guidance is not None:
             draft = base.pack(batch["guidance_latents"].float(), plan.layout.guidance_order)
-            # The pooled prompt stays the picture's, as in sampling, where both branches read the same draft.
-            keys_values = base.guidance_pass(draft, text.pooled, plan, self.hparams.training_guidance_scale)
-        noisy = add_noise(clean, noise, time.view(-1, 1, 1))
-        velocity = base.image_pass(
-            noisy, self._drop_captions(text, generator), time, plan, keys_values, self.hparams.training_guidance_scale
-        )
-        return torch.nn.functional.mse_loss(velocity.float(), noise - clean)
+        seen_text = self._drop_captions(text, generator)
+        scale = self.hparams.training_guidance_scale
+        return flow_matching_loss(base, plan, clean, draft, text, seen_text, noise, time, scale)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the frozen base."""
+        return DTYPES[self.hparams.dtype]
 
     @property
     def _latent_px(self) -> int:

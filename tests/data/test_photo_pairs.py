@@ -15,9 +15,10 @@ from hydra import compose, initialize_config_dir
 from training_runs import ROOT, SMALL_BASE, command_environment
 
 from scale_dit.data.buckets import BucketBatchSampler
+from scale_dit.data.cached_pairs import EndlessBatches
 from scale_dit.data.crops import Crops
 from scale_dit.data.encoding import encode_batch
-from scale_dit.data.photo_pairs import EndlessBatches, PhotoPairs
+from scale_dit.data.photo_pairs import PhotoPairs
 from scale_dit.data.photos import PhotoDataset, open_photos
 from scale_dit.entry import build
 from scale_dit.errors import UserError

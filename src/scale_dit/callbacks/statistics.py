@@ -20,7 +20,7 @@ class TrainingStatistics(lightning.Callback):
 
     `train/gradient_norm` (2-norm over all trained parameters, before clipping), `train/learning_rate`,
     `speed/steps_per_second` and `speed/pictures_per_second` (wall clock since the last entry, over all devices, without
-    validation and sample pictures), `memory/peak_gib` (of the GPU since the start, or of the process on a CPU).
+    validation and sample pictures), `memory/peak_gib` (of the GPU since the second step, or of the process on a CPU).
     """
 
     def __init__(self) -> None:

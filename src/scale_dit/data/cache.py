@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from scale_dit.data.cache_store import LatentCache, Record, as_stored, caption_key, weights_fingerprint
+from scale_dit.data.cache_store import LatentCache, Record, as_stored, caption_key, guidance_name, weights_fingerprint
 from scale_dit.data.encoding import EncodeImage, EncodeText, encode_batch, encode_pictures, text_tensors
 from scale_dit.data.photos import BrokenPhoto
 from scale_dit.data.sources import Skipped
@@ -27,6 +27,9 @@ from scale_dit.errors import UserError
 __all__ = ["CachedLatents", "LatentCache", "build_cache", "cache_fingerprint", "encode_batch", "weights_fingerprint"]
 
 log = logging.getLogger(__name__)
+
+MOST_OPEN = 512
+"""Files that are mapped at a time; operating systems allow a process some thousands."""
 
 
 def cache_fingerprint(
@@ -184,7 +187,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
         file = self._file(record.shard)
         return {
             "latents": file.get_tensor(f"{record.row:05d}.latents").float(),
-            "guidance_latents": file.get_tensor(f"{record.row:05d}.{_guidance_name(self.scale)}").float(),
+            "guidance_latents": file.get_tensor(f"{record.row:05d}.{guidance_name(self.scale)}").float(),
             "text": self.text(record.caption),
             "caption": record.caption,
             "name": record.name,
@@ -207,6 +210,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
 
     def _file(self, shard: int) -> Any:
         if shard not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                self._open.clear()
             self._open[shard] = safe_open(self.cache.path(shard), framework="pt")
         return self._open[shard]
 
@@ -255,7 +260,7 @@ def _encode_items(
             batch = rows[start : start + batch_size]
             images = torch.stack([items[row]["image"] for row in batch])
             latents, reduced = encode_pictures(images, encode_image, scales, token, max_tokens)
-            tensors = {"latents": latents} | {_guidance_name(scale): value for scale, value in reduced.items()}
+            tensors = {"latents": latents} | {guidance_name(scale): value for scale, value in reduced.items()}
             for name, tensor in tensors.items():
                 for row, value in zip(batch, as_stored(tensor, dtype).cpu(), strict=True):
                     encoded[row][name] = value.clone()
@@ -273,10 +278,6 @@ def _encode_captions(
         for row, caption in enumerate(batch):
             encoded[caption] = {name: as_stored(tensor[row], dtype).clone() for name, tensor in tensors.items()}
     return encoded
-
-
-def _guidance_name(scale: float) -> str:
-    return f"guidance.{float(scale):g}"
 
 
 def _warn_if_tight(cache: LatentCache, shard: int, shards: int) -> None:

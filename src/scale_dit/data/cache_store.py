@@ -20,11 +20,14 @@ from torch import Tensor
 from scale_dit.data.sources import Skipped
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
+from scale_dit.models.settings import BaseSettings
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 INDEX = "index.json"
+ENCODED = "encoded"
+"""Subfolder of a folder of generated pairs that holds their cache."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -201,6 +204,11 @@ def caption_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
 
 
+def guidance_name(scale: float) -> str:
+    """Name of the drafts' latents of a scale in the shards."""
+    return f"guidance.{float(scale):g}"
+
+
 def fingerprint_differences(cached: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One line for each part that differs, such as `data.crops.size: cached [256, 256], asked for [512, 512]`."""
     lines = []
@@ -252,6 +260,16 @@ def _sample(digest: Any, file: Path, name: str) -> None:
         for position in range(0, size, size // 64):
             stream.seek(position)
             digest.update(stream.read(4096))
+
+
+def encoder_weights(settings: BaseSettings) -> str:
+    """Names the weights of the encoders of a base that is in a local folder or in the hub's local store."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(settings.path)
+    if not folder.is_dir():
+        folder = Path(hf_hub_download(settings.path, "model_index.json", local_files_only=True)).parent
+    return weights_fingerprint(folder)
 
 
 def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -66,9 +66,19 @@ def encode_pictures(
     Raises:
         UserError: if the encoder's latents are not finite.
     """
-    latents = _finite(encode_image(images))
-    reduced = {scale: _finite(encode_image(reduce_pictures(images, scale, token, max_tokens))) for scale in scales}
-    return latents, reduced
+    return _finite(encode_image(images)), encode_drafts(images, encode_image, scales, token, max_tokens)
+
+
+@torch.no_grad()
+def encode_drafts(
+    images: Tensor, encode_image: EncodeImage, scales: Sequence[float], token: int, max_tokens: int | None
+) -> dict[float, Tensor]:
+    """Latents `[B, C, h', w']` of the reduction of pictures `[B, 3, H, W]` by each scale.
+
+    Raises:
+        UserError: if the encoder's latents are not finite.
+    """
+    return {scale: _finite(encode_image(reduce_pictures(images, scale, token, max_tokens))) for scale in scales}
 
 
 @torch.no_grad()

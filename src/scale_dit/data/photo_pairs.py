@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, Sampler
 
-from scale_dit.data.buckets import BucketBatchSampler
-from scale_dit.data.cache import CachedLatents, build_cache, cache_fingerprint, weights_fingerprint
+from scale_dit.data.cache import CachedLatents, build_cache, cache_fingerprint
+from scale_dit.data.cache_store import encoder_weights
+from scale_dit.data.cached_pairs import CachedPairs
 from scale_dit.data.crops import Crops
 from scale_dit.data.photos import PhotoDataset
 from scale_dit.data.progress import shown_progress
@@ -29,16 +27,11 @@ RECORDS_PER_SHARD = 64
 """Pictures between two steps of the progress bar, and those that an interruption loses."""
 
 
-class PhotoPairs(lightning.LightningDataModule):
+class PhotoPairs(CachedPairs):
     """Photographs with their own reductions as drafts, for `ScaleDiTModule`, from a latent cache on disk.
 
-    The first process encodes what the cache lacks and the others wait. A batch is of one size and holds `latents`
-    `[B, C, h, w]`, `guidance_latents` `[B, C, h/s, w/s]`, `text` (`tokens`, `pooled`), `caption` and `name`. Scale and
+    The first process encodes what the cache lacks and the others wait. Batches are those of `CachedPairs`; scale and
     size of the drafts are the method's.
-
-    Which pictures batch k of a rank holds depends on the seed, k, the rank and the number of ranks only, so a resumed
-    run goes on exactly behind the batches that it had used. Every picture is used once before any comes again; the
-    last batch of a size may be smaller.
 
     Args:
         path: Photographs with captions: a folder, webdataset tars or parquet files, see `open_photos`.
@@ -74,14 +67,13 @@ class PhotoPairs(lightning.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(batch_size, seed)
         if path is None:
             raise UserError("there is no folder of photographs to train on: give one with data.path=<folder>")
-        for name, value in (("batch_size", batch_size), ("draws", draws)):
-            if value < 1:
-                raise UserError(f"{name} is {value}, but it must be at least 1 (data.{name})")
+        if draws < 1:
+            raise UserError(f"draws is {draws}, but it must be at least 1 (data.draws)")
         self.path, self.cache, self.crops = Path(path).expanduser(), Path(cache).expanduser(), crops or Crops()
-        self.batch_size, self.draws, self.workers, self.seed = batch_size, draws, workers, seed
+        self.draws, self.workers = draws, workers
         self.probe_store = probe_store
         self._source_options = {
             "kind": kind,
@@ -91,8 +83,6 @@ class PhotoPairs(lightning.LightningDataModule):
         }
         # One process for all nodes, as two that write into one folder would disturb each other.
         self.prepare_data_per_node = False
-        self.first_batch = 0
-        self._earlier = 0
         self._cache_folder: str | None = None
         self._report: str | None = None
         if not self.path.exists():
@@ -145,18 +135,15 @@ class PhotoPairs(lightning.LightningDataModule):
         self._cache_folder = self.trainer.strategy.broadcast(self._cache_folder)
         self.latents = CachedLatents(self._cache_folder)
 
-    def train_dataloader(self) -> DataLoader:
-        """Endless batches of this rank."""
-        self._earlier = self._trainer_batches - self.first_batch
-        order = BucketBatchSampler(
-            self.latents,
-            self.batch_size,
-            seed=self.seed,
-            drop_last=False,
-            rank=self.trainer.global_rank,
-            ranks=self.trainer.world_size,
-        )
-        return DataLoader(self.latents, batch_sampler=EndlessBatches(order, self.first_batch))
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(height, width) in px of the cuts."""
+        return self.crops.sizes
+
+    @property
+    def content(self) -> str:
+        """The folder's name is a digest of photographs, cuts, base and drafts."""
+        return Path(self._cache_folder or "").name
 
     def teardown(self, stage: str) -> None:
         """Name the photographs that were not used, once more, where they are not lost among other lines."""
@@ -164,54 +151,11 @@ class PhotoPairs(lightning.LightningDataModule):
             log.warning(self._report)
             self._report = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many batches were used, of which photographs."""
-        return {"batches": self._trainer_batches - self._earlier, "photographs": Path(self._cache_folder or "").name}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the batches that were used, if they were these photographs'."""
-        if state_dict["photographs"] == Path(self._cache_folder or "").name:
-            self.first_batch = state_dict["batches"]
-        else:
-            log.warning(
-                "the checkpoint was trained on other photographs or cuts than those of %s: their order begins anew",
-                self.path,
-            )
-
-    @property
-    def _trainer_batches(self) -> int:
-        """Batches that the trainer has used, in earlier parts of a resumed run too."""
-        return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-
-
-class EndlessBatches(Sampler[list[int]]):
-    """The batches of a rank, epoch after epoch, each epoch in its own order.
-
-    Args:
-        order: Gives the batches of one epoch.
-        first: Index of the first batch, counted through all epochs.
-    """
-
-    def __init__(self, order: BucketBatchSampler, first: int = 0):
-        self.order, self.first = order, first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, used = divmod(self.first, len(self.order))
-        self.order.skip_next(used)
-        for number in itertools.count(epoch):
-            self.order.set_epoch(number)
-            yield from self.order
-
 
 def encoders_fingerprint(base: Any) -> str:
     """Names the weights of a base's encoders and what else decides what they give."""
-    from huggingface_hub import hf_hub_download
-
-    folder = Path(base.settings.path)
-    if not folder.is_dir():  # a hub's model, which was loaded from the local store
-        folder = Path(hf_hub_download(base.settings.path, "model_index.json", local_files_only=True)).parent
     dtype = str(base.dtype).removeprefix("torch.")
-    return f"{weights_fingerprint(folder)}, {dtype}, {base.settings.text_length} text tokens"
+    return f"{encoder_weights(base.settings)}, {dtype}, {base.settings.text_length} text tokens"
 
 
 def digest(fingerprint: dict[str, Any]) -> str:
@@ -219,4 +163,4 @@ def digest(fingerprint: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
-__all__ = ["EndlessBatches", "PhotoPairs", "digest", "encoders_fingerprint"]
+__all__ = ["PhotoPairs", "digest", "encoders_fingerprint"]

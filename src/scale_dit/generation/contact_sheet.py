@@ -48,7 +48,7 @@ def write_contact_sheet(folder: OutputFolder, pictures: Sequence[Picture]) -> Pa
     listed = [
         asdict(picture) | {"draft": str(folder.draft_file(picture).relative_to(folder.path))} for picture in drafted
     ]
-    with writing(folder.path):
+    with writing(folder):
         write_atomically(folder.path / SHEET, content.getbuffer())
         write_atomically(folder.path / LIST, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
     return folder.path / SHEET

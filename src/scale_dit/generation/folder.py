@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from scale_dit.files import write_atomically
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.numbers import check_number
 from scale_dit.generation.pictures import Picture
-from scale_dit.generation.resume import resume_command
+from scale_dit.generation.resume import GENERATE, resume_command
 from scale_dit.picture_files import (
     FORMATS,
     NotFiniteError,
@@ -89,6 +89,14 @@ class OutputFolder:
     files: Files = Files()
     config: Mapping[str, Any] | None = None
 
+    program: ClassVar[str] = GENERATE
+    texts: ClassVar[tuple[str, ...]] = ()
+    """What is encoded beside the pictures' own prompts."""
+
+    def resume_command(self, *options: str) -> str:
+        """The command that goes on here, with options."""
+        return resume_command(self.path, *options, program=self.program)
+
     @property
     def latents(self) -> SavedLatents:
         """The latents of the pictures that are in the making."""
@@ -100,7 +108,11 @@ class OutputFolder:
 
     def holds(self, picture: Picture) -> bool:
         """Whether the picture is there, as a whole file that says what it was made with."""
-        return read_provenance(self.file(picture)) is not None
+        return self.provenance(picture) is not None
+
+    def provenance(self, picture: Picture) -> Mapping[str, Any] | None:
+        """What the picture says that it was made with; `None` if it is not there as a whole file."""
+        return read_provenance(self.file(picture))
 
     def finished_latents(self, picture: Picture, steps: int) -> Tensor | None:
         """A picture's latents behind all of its steps, as saved; `None` if they are not there."""
@@ -109,7 +121,7 @@ class OutputFolder:
 
     def tie_latents(self, picture: Picture) -> None:
         """Note which file a picture's latents, which stay, lead to."""
-        with writing(self.path):
+        with writing(self):
             write_atomically(self._tie(picture), json.dumps({"sha256": self._file_digest(picture)}))
 
     def is_unchanged(self, picture: Picture) -> bool:
@@ -141,14 +153,14 @@ class OutputFolder:
         for picture in pictures:
             self.files.kind.check_size(picture.height, picture.width)
         if overwrite:
-            self._remove_earlier()
+            self.remove_earlier()
         remedy = "choose another folder (output=...), or give overwrite=true"
         if (self.path / FINISHED).is_file() and not goes_on:
             raise UserError(f"{self.path} holds a finished run already: {remedy}")
         missing = []
         for picture in pictures:
             file = self.file(picture)
-            provenance = read_provenance(file)
+            provenance = self.provenance(picture)
             if provenance is None:
                 missing.append(picture)
             elif provenance.get("fingerprint") != self._fingerprint(picture):
@@ -181,22 +193,26 @@ class OutputFolder:
             }
 
         try:
-            with writing(self.path):
+            with writing(self):
                 write_picture(
                     self.file(picture), bands, picture.height, picture.width, provenance, self.files.kind,
                     self.files.quality,
                 )  # fmt: skip
         except NotFiniteError as error:
-            raise UserError(
-                f"picture {picture.index} holds NaN or infinity, so it is not written: numbers were too large for "
-                f"{self.settings.get('dtype', 'the dtype')}; use dtype=bfloat16 or dtype=float32, or another LoRA"
-            ) from error
+            raise self.not_finite(picture) from error
+
+    def not_finite(self, picture: Picture) -> UserError:
+        """Says why a picture is not written."""
+        return UserError(
+            f"picture {picture.index} holds NaN or infinity, so it is not written: numbers were too large for "
+            f"{self.settings.get('dtype', 'the dtype')}; use dtype=bfloat16 or dtype=float32, or another LoRA"
+        )
 
     def finish(self, pictures: Sequence[Picture]) -> Path:
         """Write the list of those of the pictures that are there, which says that the run is finished."""
         lines = []
         for picture in pictures:
-            provenance = read_provenance(self.file(picture))
+            provenance = self.provenance(picture)
             if provenance is None:
                 continue
             seconds = sum(provenance.get("seconds", {}).values())
@@ -205,7 +221,7 @@ class OutputFolder:
             if not picture.window_prompts:
                 del entry["window_prompts"]
             lines.append(json.dumps(entry, ensure_ascii=False))
-        with writing(self.path):
+        with writing(self):
             write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
         return self.path / FINISHED
 
@@ -231,7 +247,7 @@ class OutputFolder:
         del own["index"], own["prompt"], own["seed"]
         return fingerprint({**settings, **own}, picture.prompt, picture.seed)
 
-    def _remove_earlier(self) -> None:
+    def remove_earlier(self) -> None:
         """What lies in the folder afterwards is one run's; files of other names are left alone."""
         ours = (self.path.glob(PICTURES), *(self.path.glob(f"{folder}/{PICTURES}") for folder in (LATENTS, DRAFTS)))
         suffixes = {*(kind.suffix for kind in FORMATS.values()), ".json", ".safetensors"}
@@ -240,7 +256,7 @@ class OutputFolder:
             file.unlink(missing_ok=True)
 
     def _check_space(self, pictures: Sequence[Picture]) -> None:
-        with writing(self.path):
+        with writing(self):
             self.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path).free
         needed = sum(3 * self.files.kind.bits // 8 * picture.height * picture.width for picture in pictures)
@@ -252,7 +268,7 @@ class OutputFolder:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: OutputFolder) -> Iterator[None]:
     """Turn what the operating system says about a file that cannot be written into one clear error.
 
     Raises:
@@ -263,6 +279,6 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise UserError(
-            f"{folder} cannot be written: {what}. Finished pictures and saved steps are kept: once it can be written, "
-            f"go on with: {resume_command(folder)}"
+            f"{folder.path} cannot be written: {what}. Finished pictures and saved steps are kept: once it can be "
+            f"written, go on with: {folder.resume_command()}"
         ) from error

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from scale_dit.errors import UserError
 from scale_dit.generation.folder import OutputFolder, writing
 from scale_dit.generation.photo import DraftPhoto, PhotoLatents
 from scale_dit.generation.pictures import Picture, Sampling
-from scale_dit.generation.resume import resume_command
 from scale_dit.picture_files import save_picture
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.pipeline_output import StageCost
@@ -47,6 +47,8 @@ class Workshop:
 class Making:
     """One picture in the making. What its stages cost is in `cost`; one that is taken from disk is not among them."""
 
+    decode_remedy: ClassVar[tuple[str, ...]] = ("stage=decode", "memory.decode=tiled")
+
     def __init__(self, workshop: Workshop, picture: Picture):
         self.pipeline, self.folder, self.photo = workshop.pipeline, workshop.folder, workshop.photo
         self.report, self.picture = workshop.report, picture
@@ -73,7 +75,7 @@ class Making:
             latents = self._drafted.draft
             with self._cost("decode"):
                 preview = self.pipeline.decode(latents)[0]
-        with writing(self.folder.path):
+        with writing(self.folder):
             save_picture(preview, self.folder.draft_file(self.picture))
 
     def refine_and_decode(self) -> None:
@@ -108,7 +110,8 @@ class Making:
         return None if found is None else (found[0].to(self._device), found[1])
 
     @cached_property
-    def _prompts(self) -> Prompts:
+    def prompts(self) -> Prompts:
+        """The encoded prompt, and what is beside it."""
         with self._cost("text"):
             picture = self.picture
             return self.pipeline.encode([picture.prompt], picture.negative_prompt, self.recipe, picture.window_prompts)
@@ -122,12 +125,12 @@ class Making:
         name, digest = f"{self.picture.stem}.draft", self.folder.draft_fingerprint(self.picture)
         if (saved := self.folder.latents.load(name, digest)) is not None:
             return PhotoLatents(saved[0].to(self._device), None)
-        prompts, steps = self._prompts, self.recipe.draft_steps
+        prompts, steps = self.prompts, self.recipe.draft_steps
         with self._cost("draft"):
             latents = self.pipeline.draft(
                 prompts, self.recipe, [self._generator()], lambda index, *_: self.report("draft", index + 1, steps)
             )
-        with writing(self.folder.path):
+        with writing(self.folder):
             self.folder.latents.save(name, latents, steps, digest)
         return PhotoLatents(latents, None)
 
@@ -137,7 +140,7 @@ class Making:
         if saved is not None and saved[1] == recipe.steps:
             return saved[0]
         draft, begin = (self._drafted.draft, self._drafted.begin) if recipe.needs_draft else (None, None)
-        prompts = self._prompts
+        prompts = self.prompts
         keeper = LatentsKeeper(self.folder, self.picture, recipe.steps, self.report)
         with self._cost("refine"), keeper.saving():
             if saved is not None:
@@ -145,10 +148,14 @@ class Making:
             generators = derived_generators([self._generator()])
             return self.pipeline.refine(prompts, recipe, draft, generators, keeper.after_step, begin=begin)
 
+    def keep(self, latents: Tensor) -> None:
+        """Decode latents `[1, C, h, w]` and write the picture."""
+        bands = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
+        self.folder.keep(self.picture, bands, self.cost, self.pipeline.decoding.mode)
+
     def _decode(self, latents: Tensor) -> None:
-        with enough_memory("decode", self.folder, "stage=decode", "memory.decode=tiled"):
-            bands = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
-            self.folder.keep(self.picture, bands, self.cost, self.pipeline.decoding.mode)
+        with enough_memory("decode", self.folder, *self.decode_remedy):
+            self.keep(latents)
         if self.folder.files.keep_latents:
             self.folder.tie_latents(self.picture)
         else:
@@ -156,15 +163,15 @@ class Making:
             if not self.folder.draft_file(self.picture).is_file():  # nobody chose from drafts, or will again
                 self.folder.latents.remove(f"{self.picture.stem}.draft")
 
+    @property
+    def _device(self) -> torch.device:
+        return self.pipeline._execution_device
+
     def _cost(self, stage: str) -> AbstractContextManager[None]:
         return self.cost.stage(stage, self._device)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.picture.seed)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.pipeline._execution_device
 
 
 class LatentsKeeper:
@@ -191,7 +198,7 @@ class LatentsKeeper:
         if self.unsaved is None:
             return
         digest = self.folder.latents_fingerprint(self.picture)
-        with writing(self.folder.path):
+        with writing(self.folder):
             self.folder.latents.save(f"{self.picture.stem}.refine", *self.unsaved, digest)
         self.unsaved = None
 
@@ -225,5 +232,5 @@ def enough_memory(stage: str, folder: OutputFolder, *remedy: str) -> Iterator[No
             raise
         raise UserError(
             f"out of memory in the stage {stage!r} ({str(error).splitlines()[0]}). The steps up to there are saved; go "
-            f"on with less memory: {resume_command(folder.path, *remedy)}"
+            f"on with less memory: {folder.resume_command(*remedy)}"
         ) from error

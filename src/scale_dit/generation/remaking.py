@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scale_dit.generation.folder import writing
-from scale_dit.generation.maker import LatentsKeeper, Making, Workshop, enough_memory
+from scale_dit.generation.maker import LatentsKeeper, Making, Workshop
 from scale_dit.generation.photo import PhotoLatents
 from scale_dit.generation.pictures import Picture
 from scale_dit.generation.remake import Remake
@@ -21,6 +22,8 @@ class Remaking(Making):
     """As `Making`, of windows of a finished picture. Its draft and its latents are those that were kept; else the
     picture itself is its draft, and is encoded.
     """
+
+    decode_remedy: ClassVar[tuple[str, ...]] = ("memory=least",)
 
     def __init__(self, workshop: Workshop, picture: Picture, remake: Remake):
         super().__init__(workshop, picture)
@@ -54,7 +57,7 @@ class Remaking(Making):
         if saved is not None and saved[1] == recipe.steps:
             return saved[0]
         draft = self._drafted.draft if recipe.needs_draft else None
-        prompts, finished = self._prompts, self._finished
+        prompts, finished = self.prompts, self._finished
         keeper = LatentsKeeper(self.folder, self.picture, recipe.steps, self.report)
         with self._cost("refine"), keeper.saving():
             return self.pipeline.remake(
@@ -66,15 +69,12 @@ class Remaking(Making):
         seed = self.picture.seed ^ int(self.remake.source.photo.digest, 16)
         return derived_generators([torch.Generator().manual_seed(seed % 2**63)])
 
-    def _decode(self, latents: Tensor) -> None:
-        with enough_memory("decode", self.folder, "memory=least"):
-            decoded = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
-            self.folder.keep(self.picture, self._put_in(decoded), self.cost, self.pipeline.decoding.mode)
+    def keep(self, latents: Tensor) -> None:
+        """Decode latents `[1, C, h, w]`, and write the picture with the chosen windows from them."""
+        decoded = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
+        self.folder.keep(self.picture, self._put_in(decoded), self.cost, self.pipeline.decoding.mode)
         if self.folder.files.keep_latents:
             self._keep_draft()
-            self.folder.tie_latents(self.picture)
-        else:
-            self.folder.latents.remove(f"{self.picture.stem}.refine")
 
     def _put_in(self, decoded: Iterable[Tensor]) -> Iterator[Tensor]:
         """The picture from the top, `[3, rows, W]` in [0, 1]: its own pixels, and those of the chosen windows.
@@ -94,5 +94,5 @@ class Remaking(Making):
         """Let the remade picture be made anew in turn, over the same draft."""
         if self.recipe.needs_draft:
             name, digest = f"{self.picture.stem}.draft", self.folder.draft_fingerprint(self.picture)
-            with writing(self.folder.path):
+            with writing(self.folder):
                 self.folder.latents.save(name, self._drafted.draft, self.recipe.draft_steps, digest)

@@ -20,12 +20,12 @@ from scale_dit.generation.folder import Files, OutputFolder
 from scale_dit.generation.job import Job
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.maker import Making, Workshop
+from scale_dit.generation.pairs import PairFolder, PairMaking, PairSettings
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
 from scale_dit.generation.remake import Remake
 from scale_dit.generation.remaking import Remaking
-from scale_dit.generation.resume import resume_command
 from scale_dit.generation.setup import Setup
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
@@ -55,6 +55,7 @@ def generate(
     dtype: str = "auto",
     overwrite: bool = False,
     memory: Memory | None = None,
+    pairs: PairSettings | None = None,
     config: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> list[Path]:
@@ -72,6 +73,7 @@ def generate(
         files: How pictures and latents are written.
         overwrite: Remove the pictures of an earlier run from it.
         memory: How memory is saved; by default as far as it has to be.
+        pairs: Keep each picture as a training pair as well.
         config: The resolved config, left in `run.json` beside the pictures and in their metadata.
 
     Returns:
@@ -93,6 +95,8 @@ def generate(
         for picture in pictures:
             remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
     folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
+    if pairs is not None:
+        folder = PairFolder.of(folder, pairs, base, pictures)
     selected = job.select(pictures)
     pending = folder.pending(selected, overwrite, job.goes_on)
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
@@ -137,7 +141,7 @@ def _make_all(
     Raises:
         SystemExit: Ctrl-C.
     """
-    pipeline = setup.load_decoder() if plan is None else setup.load(plan)
+    pipeline = setup.load_decoder() if plan is None else setup.load(plan, folder.texts)
     work = [_work(setup, picture, job.stage) for picture in pictures]
     interrupted = False
     try:
@@ -145,14 +149,19 @@ def _make_all(
             workshop = Workshop(pipeline, setup.sampling, folder, progress.step, setup.photo)
             with Claims(folder.path) as claims:
                 for picture in pictures:
-                    making = Remaking(workshop, picture, setup.remake) if setup.remake else Making(workshop, picture)
-                    _make(making, job.stage, claims, progress, plan)
+                    _make(_making(workshop, setup, picture), job.stage, claims, progress, plan)
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:
         console.print("Interrupted; every step is saved. Go on with:", markup=False)
-        console.print(f"  {resume_command(folder.path)}", markup=False, soft_wrap=True)
+        console.print(f"  {folder.resume_command()}", markup=False, soft_wrap=True)
         sys.exit(INTERRUPTED_STATUS)
+
+
+def _making(workshop: Workshop, setup: Setup, picture: Picture) -> Making:
+    if setup.remake is not None:
+        return Remaking(workshop, picture, setup.remake)
+    return (PairMaking if isinstance(workshop.folder, PairFolder) else Making)(workshop, picture)
 
 
 def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgress, plan: RunPlan | None) -> None:

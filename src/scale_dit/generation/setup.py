@@ -86,12 +86,12 @@ class Setup:
             self.remake, drafts_only,
         )  # fmt: skip
 
-    def load(self, plan: RunPlan) -> ScaleDiTPipeline:
-        """The pipeline, brought to the device as planned."""
+    def load(self, plan: RunPlan, texts: Sequence[str] = ()) -> ScaleDiTPipeline:
+        """The pipeline, brought to the device as planned; `texts` are encoded beside those of the pictures."""
         pipeline = ScaleDiTPipeline.from_pretrained(self.base.path, settings=self.base, dtype=self.dtype)
         self._configure(pipeline)
         self.loras.load(pipeline)
-        plan.prepare(pipeline)
+        plan.prepare(pipeline, texts)
         return pipeline
 
     def load_decoder(self) -> ScaleDiTPipeline:

@@ -73,14 +73,11 @@ class RunPlan:
         largest = max(self.pictures, key=lambda each: each.height * each.width)
         console.print(before(self._predicted(largest), len(self.pictures), self.limit, self.machine.name))
 
-    def prepare(self, pipeline: ScaleDiTPipeline) -> None:
-        """Bring a pipeline that is in host memory to the device as planned."""
-        prompts = {
-            (text,)
-            for each in self.pictures
-            for text in (each.prompt, each.negative_prompt, *(window.prompt for window in each.window_prompts))
-        }
-        apply_memory(pipeline, self.memory, self.device, sorted(prompts))
+    def prepare(self, pipeline: ScaleDiTPipeline, texts: Sequence[str] = ()) -> None:
+        """Bring a pipeline that is in host memory to the device as planned; `texts` are encoded beside the prompts."""
+        prompts = {text for each in self.pictures for text in (each.prompt, each.negative_prompt)}
+        prompts |= {window.prompt for each in self.pictures for window in each.window_prompts}
+        apply_memory(pipeline, self.memory, self.device, [(text,) for text in sorted(prompts | set(texts))])
 
     def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
         """Note what a picture took, by stage."""

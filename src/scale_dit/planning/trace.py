@@ -9,16 +9,18 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.functional import layer_norm, linear, mse_loss, rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from scale_dit.layout import Layout
 
@@ -63,17 +65,37 @@ class Trace:
         )
 
 
-def trace(code: Callable[[], object], device: str = "meta") -> Trace:
-    """Run code without gradients and note what it does. What it returns is kept.
+def trace(
+    code: Callable[[], object], device: str = "meta", gradients: bool = False, autocast: torch.dtype | None = None
+) -> Trace:
+    """Run code and note what it does. What it returns is kept.
 
     Args:
         device: Type of the device whose memory is counted; the code's tensors are there.
+        gradients: Whether what a backward pass needs is kept.
+        autocast: Precision of a GPU's autocast, which `meta` has none of.
     """
     found = Trace()
-    with torch.no_grad(), _Attention(found), _Operations(found, device) as operations:
+    casting = nullcontext() if autocast is None else _Autocast(autocast)
+    with (
+        torch.set_grad_enabled(gradients),
+        _Attention(found),
+        casting,
+        _Operations(found, device) as operations,
+    ):
         _ = code()
         found.kept = operations.live
     return found
+
+
+def run_backward(loss: Tensor) -> None:
+    """`loss.backward()`, inside of which what is recomputed is traced too.
+
+    That method and `torch.autograd.backward` are functions of torch, in which no mode acts any more.
+    """
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class _Attention(TorchFunctionMode):
@@ -92,12 +114,56 @@ class _Attention(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
+        output = _AttentionShapes.apply(query, key, value)
         flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         moved = sum(map(_bytes, (query, key, value, output)))
         kind = "attention" if query.shape[-1] <= WIDEST else "wide"
         self.found.operations[Operation(kind, flops, moved)] += 1
         return output
+
+
+class _AttentionShapes(torch.autograd.Function):
+    """Attention on `meta`: what a fused kernel makes, and what it keeps for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
+        if any(ctx.needs_input_grad):
+            log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
+            ctx.save_for_backward(query, key, value, output, log_sum)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+class _Autocast(TorchFunctionMode):
+    """What CUDA's autocast does to the operations that the models consist of (ATen/autocast_mode.h)."""
+
+    LOWER = (linear, scaled_dot_product_attention)
+    FLOAT32 = (layer_norm, torch.layer_norm, rms_norm, torch.rms_norm, mse_loss)
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.cast: dict[Tensor, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = self.dtype if func in self.LOWER else torch.float32 if func in self.FLOAT32 else None
+        if target is not None:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: self._as(tensor, target), (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _as(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(dtype)
+        if tensor not in self.cast:  # trained weights are cast once
+            self.cast[tensor] = tensor.to(dtype)
+        return self.cast[tensor]
 
 
 def _streams(query: Tensor, key: Tensor, value: Tensor, *others: object, **options: object) -> None:
