@@ -15,6 +15,7 @@ from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_byt
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.autoencoder.tiles import tiled_decode
 from scale_dit.errors import UserError
+from scale_dit.wrapping import check_wrap
 from scale_dit.planning.machine import free_bytes
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"unknown decode mode {self.mode!r}: use one of {', '.join(MODES)}")
-        if self.wrap not in ("none", "horizontal", "both"):
-            raise UserError(f"unknown wrap {self.wrap!r}: use one of none, horizontal, both")
+        check_wrap(self.wrap)
         if self.tile < 64 or not 0 <= self.overlap <= self.tile // 2:
             raise UserError(
                 f"decode tiles of {self.tile} px cannot overlap by {self.overlap}: use tiles of at least 64 px, and an "
