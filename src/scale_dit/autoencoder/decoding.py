@@ -15,8 +15,8 @@ from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_byt
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.autoencoder.tiles import tiled_decode
 from scale_dit.errors import UserError
-from scale_dit.wrapping import check_wrap
 from scale_dit.planning.machine import free_bytes
+from scale_dit.wrapping import check_wrap
 
 log = logging.getLogger(__name__)
 
