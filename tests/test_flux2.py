@@ -98,6 +98,18 @@ def test_few_tokens_at_a_time_give_the_same():
     assert max(widest) == 13
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [None, 13])
+def test_kept_keys_and_values_hold_nothing_else(tokens):
+    """A value was a view into the output of a single block's joint projection, nine times as wide, kept with it."""
+    base = drive_klein(klein())
+    base.feed_forward_tokens = tokens
+    plan = Method(scale=2).plan(SETTINGS, 192, 160)
+    kept = base.guidance_pass(noise(1, 30, 128, seed=4), random_text(1, base.transformer).pooled, plan, 1.0)
+    for part in (part for pair in kept for part in pair):
+        assert part.untyped_storage().nbytes() == part.nbytes
+
+
 def test_timesteps_stay_float32_up_to_their_embedding():
     base = drive_klein(klein().to(torch.bfloat16))
     seen = []

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxPipeline
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_bases import SETTINGS, add_random_lora, drive, drive_klein, flux, klein, noise, random_text
 from test_families import seeded
 from torch import Tensor, nn
 
 from scale_dit.errors import UserError
-from scale_dit.lora import ADAPTER, DIFFUSERS_CONFIG, LoraSettings, active_adapters, save_lora
+from scale_dit.lora import ADAPTER, DIFFUSERS_CONFIG, LoraSettings, active_adapters, lora_state, save_lora
 from scale_dit.lora_exchange import StyleLora, add_foreign_lora, read_foreign_lora, set_weight
 from scale_dit.lora_targets import target_modules
 from scale_dit.method import Method
@@ -274,6 +275,32 @@ def test_a_guidance_lora_by_others_needs_its_base(pipeline, style_file, caplog):
     pipeline.load_lora_weights(style_file, base="klein_base_9b")
     assert "does not say what it was trained for" in caplog.text
     assert (pipeline.base.guidance_adapters, pipeline.base.image_adapters) == ((ADAPTER,), ())
+
+
+def test_a_replacement_that_does_not_fit_leaves_what_was_there(pipeline, own_file, tmp_path):
+    pipeline.load_lora_weights(own_file)
+    before = lora_state(pipeline.transformer)
+    lacking, foreign = tmp_path / "lacking.safetensors", tmp_path / "foreign.safetensors"
+    with safe_open(own_file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(own_file)
+    tensors.popitem()
+    save_file(tensors, lacking, metadata)
+    save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 64)}, foreign)
+    for path, options in ((lacking, {}), (foreign, {"base": "klein_base_9b"})):
+        with pytest.raises(UserError, match="does not fit"):
+            pipeline.load_lora_weights(path, **options)
+        assert pipeline.get_active_adapters() == [ADAPTER]
+        assert pipeline.lora_path == str(own_file)
+        after = lora_state(pipeline.transformer)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in after)
+        assert set(pipeline.transformer.peft_config) == {ADAPTER}
+
+
+def test_a_name_for_our_own_is_said_to_be_ignored(pipeline, own_file, caplog):
+    pipeline.load_lora_weights(own_file, "mine")
+    assert f"its name is {ADAPTER!r}, not 'mine'" in caplog.text
 
 
 @pytest.mark.parametrize(

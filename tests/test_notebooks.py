@@ -14,10 +14,11 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def printed(notebook: nbformat.NotebookNode) -> list[str]:
-    """What the cells print and return, pictures left out."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [output["text"] for output in outputs if output.output_type == "stream"] + [
-        output["data"]["text/plain"] for output in outputs if output.output_type == "execute_result"
+    """What the cells print and return, pictures left out; what one cell prints may arrive in pieces."""
+    outputs = [cell.get("outputs", []) for cell in notebook.cells]
+    streams = ["".join(output["text"] for output in cell if output.output_type == "stream") for cell in outputs]
+    return streams + [
+        output["data"]["text/plain"] for cell in outputs for output in cell if output.output_type == "execute_result"
     ]
 
 

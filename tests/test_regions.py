@@ -10,7 +10,7 @@ import torch
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
-from scale_dit.regions import regions_of, tokens_of_boxes, tokens_of_mask, whole_windows
+from scale_dit.regions import regions_around, tokens_of_boxes, tokens_of_mask, whole_windows
 
 LAYOUT = Layout(4, Grid(20, 26, 2), Grid(5, 7, 2), window=4, halo=2)
 """Five by seven windows, the last column half as wide."""
@@ -62,7 +62,7 @@ def test_windows_are_chosen_whole():
 
 def test_regions_part_the_chosen_windows_and_know_their_surroundings():
     places = touched((0, 0), (0, 5), (18, 20))
-    regions = regions_of(LAYOUT, places)
+    regions = regions_around(LAYOUT, whole_windows(places, LAYOUT))
     assert [(region.rows, region.columns) for region in regions] == [
         (range(0, 8), range(0, 12)),
         (range(12, 20), range(16, 26)),
@@ -75,18 +75,18 @@ def test_regions_part_the_chosen_windows_and_know_their_surroundings():
 
 
 def test_regions_of_one_window_cost_one_window_and_its_margin():
-    (region,) = regions_of(LAYOUT, touched((9, 9)), margin=1)
+    (region,) = regions_around(LAYOUT, whole_windows(touched((9, 9)), LAYOUT), margin=1)
     assert (region.rows, region.columns) == (range(6, 14), range(6, 14))
-    (region,) = regions_of(LAYOUT, touched((9, 9)), margin=0)
+    (region,) = regions_around(LAYOUT, whole_windows(touched((9, 9)), LAYOUT), margin=0)
     assert region.tokens == 16
     one_window = dataclasses.replace(LAYOUT, window=None)
-    (region,) = regions_of(one_window, touched((9, 9)))
+    (region,) = regions_around(one_window, whole_windows(touched((9, 9)), one_window))
     assert region.tokens == 20 * 26
     assert region.chosen.all()
 
 
 def test_parts_are_as_fine_as_what_they_are_cut_from():
-    (region,) = regions_of(LAYOUT, touched((9, 9)), margin=2)
+    (region,) = regions_around(LAYOUT, whole_windows(touched((9, 9)), LAYOUT), margin=2)
     latents = torch.arange(40 * 52.0).view(1, 1, 40, 52)
     part = region.crop(latents, LAYOUT.image)
     assert part.shape[-2:] == (16, 16)

@@ -1,8 +1,10 @@
-"""Seconds and peak memory of FLUX.1's shape on one GPU, beside what was planned. Each command takes below 500 s.
+"""Seconds and peak memory of full-size bases on one GPU, beside what was planned. Each command takes below 500 s.
 
 python experiments/memory/measure.py steps --px 4096
-python experiments/memory/measure.py pictures --px 2048 4096
-python experiments/memory/measure.py pictures --px 8192 --steps 8
+python experiments/memory/measure.py steps --px 2048 6144 8192 10240x4096 --kinds stock_eager
+python experiments/memory/measure.py steps --px 4096 8192 --base klein_9b --kinds stock_eager windowed_parts
+python experiments/memory/measure.py pictures --px 2048 4096 6144 8192 10240x4096
+python experiments/memory/measure.py pictures --px 4096 8192 --base klein_9b
 python experiments/memory/measure.py pictures --px 2048 4096 8192 --steps 1 --cap 40
 python experiments/memory/measure.py least --px 2048 4096 8192
 python experiments/memory/run.py
@@ -18,12 +20,11 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,22 +32,25 @@ from scale_dit.benchmark.timing import need_gpu
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.method import Method
-from scale_dit.models.flux1 import Flux1
-from scale_dit.models.random_weights import random_part, random_pipeline, write_configs
-from scale_dit.models.settings import BaseSettings
-from scale_dit.models.shapes import shape_of
+from scale_dit.models.driver import Driver
+from scale_dit.models.random_weights import base_settings, random_part, random_pipeline, write_configs
+from scale_dit.models.shapes import SHAPES, shape_of
 from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.components import Components
 from scale_dit.planning.memory import PART, Memory
+from scale_dit.planning.predict import Prediction
 from scale_dit.planning.run import RunPlan
+from scale_dit.recipe import native_scale
 
 HERE = Path(__file__).parent
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
-FULL_STEPS = 28
-WARM_PX = 512
+LONG = 20.0
+"""Seconds of a call from which on what the first one takes beside does not count."""
+FIRST, GUIDANCE = "flux1_dev", 3.5
 DENSE = "stock_eager", "stock_compiled"
-WINDOWED = "windowed_eager", "windowed_low_memory", "windowed_compiled"
+WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled"
 
 
 def cap_memory(gb: float | None) -> None:
@@ -56,78 +60,109 @@ def cap_memory(gb: float | None) -> None:
 
 
 def peak_and_seconds(code: Callable[[], object]) -> tuple[float, float]:
-    """GB at most, and seconds, of a call that ran once before."""
-    code()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    code()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 1e9, time.perf_counter() - began
+    """GB at most, and seconds, of a call that ran once before, or that is long."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        code()
+        torch.cuda.synchronize()
+        if (seconds := time.perf_counter() - began) > LONG:
+            break
+    return torch.cuda.max_memory_allocated() / 1e9, seconds
+
+
+class Side(NamedTuple):
+    """A picture's size in px, as `4096` or as `10240x4096`, width first."""
+
+    label: str
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, text: str) -> Side:
+        """Read from the command line."""
+        width, _, height = text.partition("x")
+        return cls(text, int(height or width), int(width))
 
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
+def steps_table(base: str) -> str:
+    """Name of the table of a base's steps."""
+    return "steps.csv" if base == FIRST else f"steps_{base}.csv"
+
+
 @torch.no_grad()
 def measure_steps(options: argparse.Namespace) -> None:
     """One denoising step of the picture: stock and windowed, eager and compiled, weights on the card."""
-    transformer = random_part(shape_of("flux1_dev", "full")["transformer"], DEVICE)
-    for px in options.px:
-        for kind in options.kinds:
-            step = _stock_step(transformer, px) if kind in DENSE else _windowed_step(transformer, px, kind)
-            if kind.endswith("compiled"):
-                for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-                    block.compile()
-            peak, seconds = peak_and_seconds(step)
-            for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-                block._compiled_call_impl = None
-            torch._dynamo.reset()
-            row = {"px": px, "kind": kind, "seconds": f"{seconds:.4f}", "peak_gb": f"{peak:.3f}"}
-            add_rows(options.to / "steps.csv", [row], ("px", "kind"))
-            print(*row.values(), flush=True)
-            del step
-            gc.collect()
-            torch.cuda.empty_cache()
+    settings = base_settings(options.base)
+    transformer = random_part(shape_of(options.base, "full")["transformer"], DEVICE)
+    stock = dict(transformer.attn_processors)
+    for px, kind in product(options.px, options.kinds):
+        driver = Components({"transformer": transformer}).driver(settings, "auto")
+        if kind in DENSE:
+            transformer.set_attn_processor(dict(stock))
+        step = _stock_step(driver, px) if kind in DENSE else _windowed_step(driver, px, kind)
+        if kind.endswith("compiled"):
+            for block in driver.blocks:
+                block.compile()
+        peak, seconds = peak_and_seconds(step)
+        for block in driver.blocks:
+            block._compiled_call_impl = None
+        torch._dynamo.reset()
+        row = {"px": px.label, "kind": kind, "seconds": f"{seconds:.4f}", "peak_gb": f"{peak:.3f}"}
+        add_rows(options.to / steps_table(options.base), [row], ("px", "kind"))
+        print(*row.values(), flush=True)
+        del step, driver
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def _stock_step(transformer: Any, px: int) -> Callable[[], object]:
-    transformer.set_attn_processor(FluxAttnProcessor())
-    tokens = (px // 16) ** 2
+def _stock_step(driver: Driver, px: Side) -> Callable[[], object]:
+    """The transformer as it is, over text and image."""
+    config, length = driver.transformer.config, driver.settings.text_length
+    tokens = px.height * px.width // driver.settings.token_size**2
     inputs = {
-        "hidden_states": random(1, tokens, 64), "encoder_hidden_states": random(1, 512, 4096),
-        "pooled_projections": random(1, 768), "timestep": random(1).abs(), "guidance": random(1).abs(),
-        "img_ids": torch.zeros(tokens, 3, device=DEVICE), "txt_ids": torch.zeros(512, 3, device=DEVICE),
+        "hidden_states": random(1, tokens, config.in_channels), "timestep": random(1).abs(),
+        "encoder_hidden_states": random(1, length, config.joint_attention_dim),
+        "img_ids": driver.token_ids(torch.zeros(tokens, 3)).to(DEVICE), "txt_ids": driver.text_ids(length).to(DEVICE),
     }  # fmt: skip
+    if driver.pooled_size:
+        inputs["pooled_projections"] = random(1, driver.pooled_size)
+    if config.guidance_embeds:
+        inputs["guidance"] = random(1).abs()
 
     def step() -> object:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return transformer(**inputs)
+            return driver.transformer(**inputs)
 
     return step
 
 
-def _windowed_step(transformer: Any, px: int, kind: str) -> Callable[[], object]:
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    settings = BaseSettings(name="flux1_dev")
-    base = Flux1(FluxPipeline(**dict.fromkeys(names), transformer=transformer), settings)
-    plan = Method(scale=px / settings.native).plan(settings, px, px)
-    text = Text(random(1, plan.layout.text, 4096), random(1, 768))
-    if kind == "windowed_low_memory":
-        base.feed_forward_tokens, base.keys_values_on_host = PART, True
-    guidance = base.guidance_pass(random(1, plan.layout.guidance_tokens, 64), text.pooled, plan, 3.5)
-    tokens, moment = random(1, plan.layout.image.tokens, 64), torch.full((1,), 0.5, device=DEVICE)
-    return lambda: base.image_pass(tokens, text, moment, plan, guidance, 3.5)
+def _windowed_step(driver: Driver, px: Side, kind: str) -> Callable[[], object]:
+    settings, config = driver.settings, driver.transformer.config
+    scale = native_scale(settings, px.height, px.width)
+    plan = Method(scale=scale).plan(settings, px.height, px.width)
+    text = Text(random(1, plan.layout.text, config.joint_attention_dim), random(1, driver.pooled_size))
+    driver.feed_forward_tokens = PART if kind in ("windowed_parts", "windowed_low_memory") else None
+    driver.keys_values_on_host = kind == "windowed_low_memory"
+    tokens, moment = random(1, plan.layout.image.tokens, config.in_channels), torch.full((1,), 0.5, device=DEVICE)
+    draft = random(1, plan.layout.guidance_tokens, config.in_channels)
+    guidance = driver.guidance_pass(draft, text.pooled, plan, GUIDANCE)
+    return lambda: driver.image_pass(tokens, text, moment, plan, guidance, GUIDANCE)
 
 
 class Run:
     """A pipeline with random weights, planned and prepared as `generate` does it."""
 
-    def __init__(self, sizes: list[int], steps: int, memory: Memory):
-        settings = write_configs("flux1_dev", Path(tempfile.mkdtemp()))
-        method, self.sampling = Method(), Sampling(steps=steps, draft_steps=steps)
-        pictures = [Picture(index, PROMPT, "", index, px, px) for index, px in enumerate(sizes)]
+    def __init__(self, base: str, sizes: list[Side], steps: int | None, memory: Memory):
+        settings = write_configs(base, Path(tempfile.mkdtemp()))
+        self.steps = settings.steps if steps is None else steps
+        method, self.sampling = Method(), Sampling(steps=self.steps, draft_steps=self.steps)
+        pictures = [Picture(index, PROMPT, "", index, px.height, px.width) for index, px in enumerate(sizes)]
         self.plan = RunPlan(pictures, settings, method, self.sampling, memory, "auto", DEVICE, DTYPE)
         self.pipeline: ScaleDiTPipeline = random_pipeline(settings, draw_on=DEVICE)
         self.pipeline.method = method
@@ -136,43 +171,49 @@ class Run:
         self.plan.prepare(self.pipeline)
         self.text_peak = torch.cuda.max_memory_allocated()
         print(self.plan.memory, flush=True)
-        self.make(WARM_PX)
+        self.make(sizes[0], 1)
 
-    def make(self, px: int) -> Any:
+    def make(self, px: Side, steps: int | None = None) -> Any:
         """Seconds and peak bytes by stage of one picture."""
         torch.cuda.empty_cache()
+        steps = self.steps if steps is None else steps
         generator = torch.Generator().manual_seed(0)
         return self.pipeline(
-            PROMPT, px, px, num_inference_steps=self.sampling.steps, draft_steps=self.sampling.draft_steps,
-            generator=generator, output_type="pt",
+            PROMPT, px.height, px.width, num_inference_steps=steps, draft_steps=steps, generator=generator,
+            output_type="pt",
         ).cost  # fmt: skip
+
+    def planned(self, px: Side) -> Prediction:
+        """What was planned for it."""
+        return self.plan.planner.predict(px.height, px.width, self.plan.memory)
 
 
 def measure_pictures(options: argparse.Namespace) -> None:
     """Whole pictures, or fewer steps of them, in the way that `memory=auto` chooses under a cap."""
     cap_memory(options.cap)
-    run = Run(options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
+    run = Run(options.base, options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
     for px in options.px:
         cost = run.make(px)
-        planned = run.plan.planner.predict(px, px, run.plan.memory)
+        planned = run.planned(px)
         rows = []
         for stage in planned.seconds:
             peak = max(cost.peak_bytes[stage], run.text_peak if stage == "text" else 0)
             rows.append(
                 {
-                    "px": px, "cap_gb": options.cap or "", "way": str(run.plan.memory), "steps": options.steps,
+                    "base": options.base, "px": px.label, "cap_gb": options.cap or "", "way": str(run.plan.memory),
+                    "steps": run.steps,
                     "stage": stage, "seconds": f"{cost.seconds[stage]:.4f}",
                     "planned_seconds": f"{planned.seconds[stage]:.4f}", "peak_gb": f"{peak / 1e9:.3f}",
                     "planned_peak_gb": f"{planned.peak_bytes[stage] / 1e9:.3f}",
                 }
             )  # fmt: skip
             print(*rows[-1].values(), flush=True)
-        add_rows(options.to / "pictures.csv", rows, ("px", "stage"))
+        add_rows(options.to / "pictures.csv", rows, ("base", "px", "stage"))
 
 
 def measure_least(options: argparse.Namespace) -> None:
     """The lowest cap, in whole GB, under which a picture is made with the least memory that leaves it as it is."""
-    run = Run(options.px, 1, Memory("group", 4096, "host", "host"))
+    run = Run(options.base, options.px, 1, Memory("group", 4096, "host", "host"))
     for px in options.px:
         cost = run.make(px)
         allocated = max(cost.peak_bytes.values())
@@ -183,17 +224,18 @@ def measure_least(options: argparse.Namespace) -> None:
                 run.make(px)
                 break
             except torch.OutOfMemoryError:
-                print(f"{px} px do not fit into {cap} GB", flush=True)
+                print(f"{px.label} px do not fit into {cap} GB", flush=True)
                 gc.collect()
                 cap += 1
         cap_memory(None)
-        planned = run.plan.planner.predict(px, px, run.plan.memory)
+        planned = run.planned(px)
         row = {
-            "px": px, "way": str(run.plan.memory), "least_cap_gb": cap, "peak_gb": f"{allocated / 1e9:.3f}",
+            "base": options.base, "px": px.label, "way": str(run.plan.memory), "least_cap_gb": cap,
+            "peak_gb": f"{allocated / 1e9:.3f}",
             "planned_peak_gb": f"{max(planned.peak_bytes[s] for s in ('draft', 'refine', 'decode')) / 1e9:.3f}",
             "text_peak_gb": f"{run.text_peak / 1e9:.3f}", "refine_seconds_a_step": f"{cost.seconds['refine']:.3f}",
         }  # fmt: skip
-        add_rows(options.to / "least.csv", [row], ("px",))
+        add_rows(options.to / "least.csv", [row], ("base", "px"))
         print(*row.values(), flush=True)
 
 
@@ -203,12 +245,13 @@ def main() -> None:
     for name, code in (("steps", measure_steps), ("pictures", measure_pictures), ("least", measure_least)):
         command = commands.add_parser(name, help=code.__doc__)
         command.set_defaults(code=code)
-        command.add_argument("--px", type=int, nargs="+", required=True, help="sides of the pictures")
+        command.add_argument("--px", type=Side.of, nargs="+", required=True, help="such as 4096 or 10240x4096")
+        command.add_argument("--base", default=FIRST, choices=sorted(SHAPES["full"]))
         command.add_argument("--to", type=Path, default=HERE, help="folder of the table")
         if name == "steps":
             command.add_argument("--kinds", nargs="+", default=[*DENSE, *WINDOWED], choices=[*DENSE, *WINDOWED])
         if name == "pictures":
-            command.add_argument("--steps", type=int, default=FULL_STEPS, help="below 28, times are extrapolated")
+            command.add_argument("--steps", type=int, help="default: the base's; of fewer, times are extrapolated")
             command.add_argument("--cap", type=float, help="GB of the card that may be used")
     options = parser.parse_args()
     need_gpu()

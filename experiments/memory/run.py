@@ -1,4 +1,4 @@
-"""What pictures of FLUX.1's shape take, from the tables of measure.py into README.md and the figures.
+"""What pictures of full-size bases take, from the tables of measure.py into README.md and the figures.
 
 python experiments/memory/measure.py ...        on a GPU, see README.md
 python experiments/memory/run.py
@@ -9,21 +9,26 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from scale_dit.errors import UserError
 from scale_dit.evaluation.figures import FigureRow, figures_file, merge_rows, read_figures, rounded
 from scale_dit.evaluation.quotes import update_document
 from scale_dit.evaluation.studies import fill_table
+from scale_dit.models.random_weights import base_settings
+from scale_dit.models.shapes import SHAPES
 
 HERE = Path(__file__).parent
 STAGES = ("text", "draft", "refine", "decode")
-SIDES = {2048: "2k", 4096: "4k", 8192: "8k"}
-FULL_STEPS = 28
+SIDES = {"2048": "2k", "4096": "4k", "8192": "8k"}
+BASE = "flux1_dev"
+"""Whose pictures the figures are of."""
 MACHINE = ("machine", "versions")
 PROVENANCE = ("command", "machine", "versions", "commit", "date")
 KINDS = {
     "stock_eager": "stock, dense", "stock_compiled": "stock, dense, compiled", "windowed_eager": "windowed",
+    "windowed_parts": "windowed, feed-forward by parts",
     "windowed_low_memory": "windowed, feed-forward by parts, keys and values on the host",
     "windowed_compiled": "windowed, compiled",
 }  # fmt: skip
@@ -56,25 +61,37 @@ def figure(name: str, value: float, unit: str, row: Row, n: int | None = None) -
 
 
 def step_figures(rows: Sequence[Row]) -> list[FigureRow]:
-    """The windowed step at 4096 px over the stock one: the faster of eager and compiled, and memory, both eager."""
-    kinds = {row["kind"]: row for row in rows if row["px"] == "4096"}
+    """The windowed step at 4096 px over the stock one: the fastest, and memory, both eager, keys and values on the card
+    where that was measured."""
+    kinds = {row["kind"]: row for row in rows if (row["base"], row["px"]) == (BASE, "4096")}
     found = []
-    ours = [row for name, row in kinds.items() if name in ("windowed_eager", "windowed_compiled")]
+    ours = [row for name, row in kinds.items() if name in ("windowed_eager", "windowed_parts", "windowed_compiled")]
     if ours and "stock_compiled" in kinds:
         best = min(ours, key=lambda row: float(row["seconds"]))
         ratio = float(best["seconds"]) / float(kinds["stock_compiled"]["seconds"])
         found.append(figure("step_4k_over_dense", ratio, "ratio", best))
-    if {"windowed_low_memory", "stock_eager"} <= kinds.keys():
-        least, stock = kinds["windowed_low_memory"], kinds["stock_eager"]
+    least = kinds.get("windowed_parts", kinds.get("windowed_low_memory"))
+    if least is not None and "stock_eager" in kinds:
+        stock = kinds["stock_eager"]
         ratio = float(least["peak_gb"]) / float(stock["peak_gb"])
         found.append(figure("refine_4k_memory_over_dense", ratio, "ratio", least))
     return found
 
 
 def seconds(row: Row, column: str = "seconds") -> float:
-    """Seconds of a stage in a picture of 28 steps; extrapolated where fewer were measured."""
-    share = FULL_STEPS / int(row["steps"]) if row["stage"] in ("draft", "refine") else 1.0
-    return share * float(row[column])
+    """Seconds of a stage in a picture of as many steps as the base's; extrapolated where fewer were measured."""
+    return float(row[column]) * (full_steps(row["base"]) / int(row["steps"]) if extrapolated(row) else 1.0)
+
+
+def extrapolated(row: Row) -> bool:
+    """Whether fewer steps were measured than a picture has."""
+    return row["stage"] in ("draft", "refine") and int(row["steps"]) != full_steps(row["base"])
+
+
+@lru_cache
+def full_steps(base: str) -> int:
+    """Steps of a base."""
+    return base_settings(base).steps
 
 
 def picture_figures(rows: Sequence[Row]) -> list[FigureRow]:
@@ -82,14 +99,14 @@ def picture_figures(rows: Sequence[Row]) -> list[FigureRow]:
     found = []
     free = [row for row in rows if not row["cap_gb"]]
     for row in free:
-        if (side := SIDES[int(row["px"])]) != "2k":
-            unit = "s" if int(row["steps"]) == FULL_STEPS or row["stage"] in ("text", "decode") else "s, extrapolated"
+        if (side := SIDES.get(row["px"])) in ("4k", "8k") and row["base"] == BASE:
+            unit = "s, extrapolated" if extrapolated(row) else "s"
             name = f"picture_{side}_seconds_{row['stage']}"
             found.append(figure(name, seconds(row), unit, row, int(row["steps"])))
             found.append(figure(f"picture_{side}_peak_gb_{row['stage']}", float(row["peak_gb"]), "GB", row))
     errors = []
-    for px in sorted({row["px"] for row in free}):
-        stages = [row for row in free if row["px"] == px]
+    for picture in sorted({(row["base"], row["px"]) for row in free}):
+        stages = [row for row in free if (row["base"], row["px"]) == picture]
         taken, planned = (sum(seconds(row, column) for row in stages) for column in ("seconds", "planned_seconds"))
         errors.append(abs(planned / taken - 1))
     if free:
@@ -102,9 +119,10 @@ def picture_figures(rows: Sequence[Row]) -> list[FigureRow]:
 def least_figures(rows: Sequence[Row]) -> list[FigureRow]:
     """The least memory: the cap under which draft, refine and decode ran, or what encoding the prompts takes."""
     return [
-        figure(f"min_gpu_gb_{SIDES[int(row['px'])]}", max(float(row["least_cap_gb"]), float(row["text_peak_gb"])),
+        figure(f"min_gpu_gb_{SIDES[row['px']]}", max(float(row["least_cap_gb"]), float(row["text_peak_gb"])),
                "GB", row)
         for row in rows
+        if row["base"] == BASE
     ]  # fmt: skip
 
 
@@ -117,30 +135,59 @@ def write_tables(
     if quoted:
         fill_table(readme, ["figure", "", ""], quoted, "figures")
     if steps:
-        lines = [[row["px"], KINDS[row["kind"]], row["seconds"], row["peak_gb"]] for row in steps]
-        fill_table(readme, ["px", "one step", "s", "peak GB"], lines, "steps")
+        lines = [[row["base"], row["px"], KINDS[row["kind"]], row["seconds"], row["peak_gb"]] for row in steps]
+        fill_table(readme, ["base", "px", "one step", "s", "peak GB"], lines, "steps")
     if pictures:
         lines = [
             [
-                row["px"], row["cap_gb"] or "none", row["stage"], *_beside(row), row["planned_peak_gb"],
+                row["base"], row["px"], row["cap_gb"] or "none", row["stage"], *_beside(row), row["planned_peak_gb"],
                 row["peak_gb"], row["way"].replace("memory.", ""),
             ]
             for row in pictures
         ]  # fmt: skip
-        header = ["px", "cap, GB", "stage", "steps", "planned s", "s", "planned GB", "GB", "memory"]
+        header = ["base", "px", "cap, GB", "stage", "steps", "planned s", "s", "planned GB", "GB", "memory"]
         fill_table(readme, header, lines, "pictures")
     if least:
         lines = [
-            [row["px"], row["least_cap_gb"], row["peak_gb"], row["text_peak_gb"], row["refine_seconds_a_step"]]
+            [
+                row["base"],
+                row["px"],
+                row["least_cap_gb"],
+                row["peak_gb"],
+                row["text_peak_gb"],
+                row["refine_seconds_a_step"],
+            ]
             for row in least
         ]
-        fill_table(readme, ["px", "least cap, GB", "peak GB", "encoding, GB", "s a step"], lines, "least")
+        fill_table(readme, ["base", "px", "least cap, GB", "peak GB", "encoding, GB", "s a step"], lines, "least")
+    if dense := beside_dense(steps, pictures):
+        header = [
+            "base",
+            "px",
+            "one dense step, s",
+            "dense refinement, s (extrapolated)",
+            "windowed refinement, s",
+            "share",
+        ]
+        fill_table(readme, header, dense, "dense")
     update_document(readme, read_figures(figures_file()))
+
+
+def beside_dense(steps: Sequence[Row], pictures: Sequence[Row]) -> list[list[str]]:
+    """Refinement of whole pictures beside as many of the stock transformer's dense steps."""
+    stock = {(row["base"], row["px"]): float(row["seconds"]) for row in steps if row["kind"] == "stock_eager"}
+    lines = []
+    for row in pictures:
+        where = row["base"], row["px"]
+        if row["stage"] == "refine" and not row["cap_gb"] and where in stock:
+            dense, ours = full_steps(row["base"]) * stock[where], seconds(row)
+            lines.append([*where, f"{stock[where]:.3g}", f"{dense:.3g}", f"{ours:.3g}", f"{ours / dense:.3f}"])
+    return lines
 
 
 def _beside(row: Row) -> tuple[str, str, str]:
     """Steps, planned and measured seconds of a whole picture."""
-    mark = "" if int(row["steps"]) == FULL_STEPS or row["stage"] in ("text", "decode") else " (extrapolated)"
+    mark = " (extrapolated)" if extrapolated(row) else ""
     return row["steps"], f"{seconds(row, 'planned_seconds'):.3g}", f"{seconds(row):.3g}{mark}"
 
 
@@ -148,7 +195,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, default=HERE, help="folder of the tables of measure.py")
     tables = parser.parse_args().tables
-    steps, pictures, least = (read(tables / f"{name}.csv") for name in ("steps", "pictures", "least"))
+    pictures, least = (read(tables / f"{name}.csv") for name in ("pictures", "least"))
+    steps = [
+        {"base": base, **row}
+        for base in SHAPES["full"]
+        for row in read(tables / ("steps.csv" if base == BASE else f"steps_{base}.csv"))
+    ]
     if not (steps or pictures or least):
         raise UserError(f"there is no table in {tables}: write them with experiments/memory/measure.py, on a GPU")
     measured = [*step_figures(steps), *picture_figures(pictures), *least_figures(least)]

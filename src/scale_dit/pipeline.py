@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
+from scale_dit.local_control import WindowPrompt
 from scale_dit.lora import check_record
 from scale_dit.pipeline_output import ScaleDiTOutput, StageCost
 from scale_dit.pipeline_stages import StagedPipeline
@@ -54,6 +56,8 @@ class ScaleDiTPipeline(StagedPipeline):
         low_pass_schedule: str = "cosine",
         low_pass_until: float = 0.0,
         scale: float | None = None,
+        window_prompts: Sequence[WindowPrompt] = (),
+        wrap: str = "none",
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         draft_latents: Tensor | None = None,
@@ -74,6 +78,9 @@ class ScaleDiTPipeline(StagedPipeline):
             low_pass, low_pass_schedule, low_pass_until: The pull of low frequencies towards the draft, see `LowPass`; 0
                 is off.
             scale: HR side / guidance side; by default what makes the draft as large as the base's native size.
+            window_prompts: What windows of the large picture show instead, under the draft of `prompt`.
+            wrap: Which edges join, so that a picture can be laid beside itself: `none`, `horizontal` (panoramas of 360
+                degrees) or `both` (textures).
             num_images_per_prompt: Pictures of each prompt.
             generator: One, or one a picture; noise is drawn on the generator's device.
             draft_latents: Normalised latents `[B, C, h, w]`, one a picture, to use instead of making drafts.
@@ -100,8 +107,9 @@ class ScaleDiTPipeline(StagedPipeline):
         recipe = Recipe.of(
             settings, self.method, height, width, scale=scale, steps=num_inference_steps, draft_steps=draft_steps,
             guidance_scale=guidance_scale, draft_guidance_scale=draft_guidance_scale, start=start,
-            low_pass=LowPass(low_pass, low_pass_schedule, low_pass_until),
+            low_pass=LowPass(low_pass, low_pass_schedule, low_pass_until), wrap=wrap,
         )  # fmt: skip
+        _ = replace(self.decoding, wrap=wrap)  # says what cannot be
         if self.lora_record:
             for difference in check_record(self.lora_record, settings.name, {"scale": recipe.plan.method.scale}):
                 log.warning("%s", difference)
@@ -112,7 +120,7 @@ class ScaleDiTPipeline(StagedPipeline):
         cost = StageCost()
 
         with cost.stage("text", self._execution_device):
-            encoded = self.encode(prompts, negative_prompt, recipe)
+            encoded = self.encode(prompts, negative_prompt, recipe, window_prompts)
         with cost.stage("draft", self._execution_device):
             if draft_latents is None and recipe.needs_draft:
                 draft_latents = self.draft(
@@ -122,7 +130,7 @@ class ScaleDiTPipeline(StagedPipeline):
             after_step = self._after_step("refine", recipe.steps, progress, callback_on_step_end)
             latents = self.refine(encoded, recipe, draft_latents, refine_generators, after_step)
         with cost.stage("decode", self._execution_device):
-            images: Any = latents if output_type == "latent" else self.decode(latents)
+            images: Any = latents if output_type == "latent" else self.decode(latents, wrap)
         if output_type in ("pil", "np"):
             array = images.permute(0, 2, 3, 1).float().cpu().numpy()
             images = self.numpy_to_pil(array) if output_type == "pil" else array

@@ -15,6 +15,9 @@ from scale_dit.models.driver import Driver
 
 log = logging.getLogger(__name__)
 
+TRIAL = f"{ADAPTER}_trial"
+"""Name under which a replacement is loaded first: one that does not fit must not cost the one that is there."""
+
 
 class Adapters:
     """Load, weigh and remove LoRAs, as users of diffusers expect it.
@@ -52,13 +55,17 @@ class Adapters:
 
         Args:
             path: File, or folder with one; names of diffusers, peft or kohya.
-            adapter_name: Of a style; needed, since without it a file by others could be either.
+            adapter_name: Of a style; needed, since without it a file by others could be either. Scale-DiT's own has a
+                name already.
             weight: Factor on its update.
             base: Name of the base that a Scale-DiT LoRA by others was trained for.
 
         Raises:
-            UserError: It is missing, broken, of another base or family; or cannot be told to be a style or not.
+            UserError: It is missing, broken, of another base or family, and what was there stays; or it cannot be told
+                to be a style or not.
         """
+        if adapter_name not in (None, ADAPTER) and (base is not None or has_record(path)):
+            log.warning("LoRA file %s is Scale-DiT's own: its name is %r, not %r", path, ADAPTER, adapter_name)
         if has_record(path):
             self._load_own(path)
             name = ADAPTER
@@ -82,6 +89,9 @@ class Adapters:
         method = {key: value for key, value in self.method.summary.items() if key != "scale"}  # a call has its own
         for difference in check_record(record, self.base.settings.name, method):
             log.warning("%s", difference)
+        if ADAPTER in self.scopes:
+            load_lora(self.transformer, path, TRIAL)
+            remove_lora(self.transformer, TRIAL)
         self.delete_adapters(ADAPTER)
         self.lora_settings, self.lora_record = load_lora(self.transformer, path)
         self.lora_path = str(path)
@@ -90,6 +100,9 @@ class Adapters:
     def _load_given(self, path: str | Path, base: str) -> None:
         check_record({"base": base}, self.base.settings.name, {})
         tensors = read_foreign_lora(path, self.base.stock)
+        if ADAPTER in self.scopes:
+            add_foreign_lora(self.transformer, tensors, f"LoRA file {path}", TRIAL)
+            remove_lora(self.transformer, TRIAL)
         self.delete_adapters(ADAPTER)
         count = add_foreign_lora(self.transformer, tensors, f"LoRA file {path}", ADAPTER)
         log.warning(

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from scale_dit.local_control import WindowPrompt, WindowText, local_prompts, remake
 from scale_dit.method import Plan
 from scale_dit.models.text import Text
 from scale_dit.pipeline_loading import LoadedPipeline
 from scale_dit.recipe import Recipe
+from scale_dit.regions import moved
 from scale_dit.sampling import add_noise, upsample_latents
 from scale_dit.stage import AfterStep, Stage
+from scale_dit.wrapping import STILL, Shift
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts, and the second branch of classifier-free guidance if a stage evaluates it."""
+    """Encoded prompts.
+
+    Attributes:
+        text: What the pictures show.
+        negative: The second branch of classifier-free guidance, if a stage evaluates it.
+        windows: What windows of the large pictures show instead.
+    """
 
     text: Text
     negative: Text | None
+    windows: Sequence[WindowText] = ()
 
 
 class StagedPipeline(LoadedPipeline):
@@ -32,11 +42,23 @@ class StagedPipeline(LoadedPipeline):
     """
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negative_prompt: str, recipe: Recipe) -> Prompts:
-        """Encode what the stages of a recipe read."""
+    def encode(
+        self, prompts: Sequence[str], negative_prompt: str, recipe: Recipe, windows: Sequence[WindowPrompt] = ()
+    ) -> Prompts:
+        """Encode what the stages of a recipe read.
+
+        Args:
+            windows: For all pictures.
+
+        Raises:
+            UserError: A window's box is empty or leaves the picture.
+        """
+        grid, count = recipe.plan.layout.image, len(prompts)
+        touched = [each.tokens(grid, self.settings.token_size) for each in windows]
         text = self.base.encode_prompts(prompts)
-        negative = self.base.encode_prompts([negative_prompt] * len(prompts)) if recipe.has_negative_branch else None
-        return Prompts(text, negative)
+        negative = self.base.encode_prompts([negative_prompt] * count) if recipe.has_negative_branch else None
+        texts = [self.base.encode_prompts([each.prompt] * count) for each in windows]
+        return Prompts(text, negative, tuple(map(WindowText, touched, texts)))
 
     @torch.no_grad()
     def draft(
@@ -49,6 +71,9 @@ class StagedPipeline(LoadedPipeline):
         """Make the drafts."""
         plan = recipe.draft_plan
         stage = Stage(self.base, plan, prompts.text, prompts.negative, recipe.draft_guidance_scale)
+        if recipe.wrap != "none":
+            still = stage
+            stage = replace(stage, moved=lambda step: (still, recipe.draft_shift(step)))
         return stage.sample(self.noise(plan, generators), recipe.draft_scheduler(self._execution_device), after_step)
 
     @torch.no_grad()
@@ -91,17 +116,69 @@ class StagedPipeline(LoadedPipeline):
         stage = self.refine_stage(prompts, recipe, draft_latents, begin)
         return stage.sample(latents, recipe.scheduler(self._execution_device, first_step), after_step)
 
+    @torch.no_grad()
+    def remake(
+        self,
+        prompts: Prompts,
+        recipe: Recipe,
+        draft_latents: Tensor | None,
+        finished: Tensor,
+        chosen: Tensor,
+        generators: Sequence[torch.Generator],
+        after_step: AfterStep | None = None,
+        *,
+        resumed: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """Denoise tokens of finished pictures anew, from the level `recipe.start` on; see `local_control.remake`.
+
+        Args:
+            finished: The pictures' latents.
+            chosen: Bool `[height, width]`, in tokens; see `regions.whole_windows`.
+            resumed: Latents of an earlier call, and the steps that led to them.
+        """
+        stage = self.refine_stage(prompts, recipe, draft_latents, self.beginning(recipe, draft_latents))
+        latents, step = resumed or (None, 0)
+        scheduler = recipe.scheduler(self._execution_device, step)
+        noise = self.noise(recipe.plan, generators)
+        return remake(stage, chosen, finished, noise, scheduler, after_step, latents=latents)
+
     def refine_stage(
         self, prompts: Prompts, recipe: Recipe, draft_latents: Tensor | None, begin: Tensor | None
     ) -> Stage:
         """What refinement asks of the base at every step, the guidance pass done."""
-        plan, keys_values = recipe.plan, None
-        if plan.layout.guidance is not None:
+        layout, guidance = recipe.plan.layout, None
+        if layout.guidance is not None:
             assert draft_latents is not None
-            tokens = self.base.pack(self._guidance_latents(draft_latents, plan), plan.layout.guidance_order)
+            guidance = self._guidance_latents(draft_latents, recipe.plan)
+        if recipe.wrap == "none":
+            return self._moved_stage(prompts, recipe, guidance, begin, STILL)
+
+        def moved_at(step: int) -> tuple[Stage, tuple[int, int]]:
+            shift = recipe.shift(step)
+            return self._moved_stage(prompts, recipe, guidance, begin, shift), shift.image
+
+        without = self._moved_stage(prompts, recipe, None, begin, STILL)  # every step has a guidance pass of its own
+        return replace(without, moved=moved_at)
+
+    def _moved_stage(
+        self,
+        prompts: Prompts,
+        recipe: Recipe,
+        guidance: Tensor | None,
+        begin: Tensor | None,
+        shift: Shift,
+    ) -> Stage:
+        """The stage over a picture and its draft that are moved."""
+        plan, keys_values, pull = recipe.plan, None, None
+        if guidance is not None and plan.layout.guidance is not None:
+            tokens = self.base.pack(moved(guidance, plan.layout.guidance, shift.draft), plan.layout.guidance_order)
             keys_values = self.base.guidance_pass(tokens, prompts.text.pooled, plan, recipe.guidance_scale)
-        pull = (begin, recipe.low_pass) if begin is not None and recipe.low_pass.strength > 0 else None
-        return Stage(self.base, plan, prompts.text, prompts.negative, recipe.guidance_scale, keys_values, pull)
+        if begin is not None and recipe.low_pass.strength > 0:
+            pull = moved(begin, plan.layout.image, shift.image), recipe.low_pass
+        local = local_prompts(prompts.windows, plan.layout, shift.image, recipe.wrap)
+        return Stage(
+            self.base, plan, prompts.text, prompts.negative, recipe.guidance_scale, keys_values, pull, local=local
+        )
 
     def beginning(self, recipe: Recipe, draft_latents: Tensor | None) -> Tensor | None:
         """The draft at the picture's size, if the recipe starts from it or is pulled towards it."""
@@ -110,9 +187,14 @@ class StagedPipeline(LoadedPipeline):
         grid = recipe.plan.layout.image
         return upsample_latents(draft_latents, 2 * grid.height, 2 * grid.width)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` in [0, 1], in the way that `decoding` says."""
-        return torch.cat([self.base.decode_latents(one[None], self.decoding).cpu() for one in latents])
+    def decode(self, latents: Tensor, wrap: str | None = None) -> Tensor:
+        """Latents `[B, C, h, w]` -> pictures `[B, 3, 8h, 8w]` in [0, 1], in the way that `decoding` says.
+
+        Args:
+            wrap: Which edges join; by default those of `decoding`.
+        """
+        how = self.decoding if wrap is None else replace(self.decoding, wrap=wrap)
+        return torch.cat([self.base.decode_latents(one[None], how).cpu() for one in latents])
 
     def decode_bands(self, latents: Tensor) -> Iterator[Tensor]:
         """One picture `[1, C, h, w]` in bands `[3, rows, 8w]` in [0, 1] from the top, in the way `decoding` says."""

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from scale_dit.method import Method, Plan, draft_plan
 from scale_dit.models.settings import BaseSettings
 from scale_dit.sampling import LowPass, check_sampling, make_scheduler
+from scale_dit.wrapping import Shift, check_wrap, wrap_shift
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recipe:
         guidance_scale, draft_guidance_scale: Of the refinement and of the draft.
         start: Noise level at which refinement starts: 1 is pure noise.
         low_pass: The pull of low frequencies towards the draft.
+        wrap: Which edges of the picture join, see `scale_dit.wrapping`.
     """
 
     base: BaseSettings
@@ -34,6 +36,7 @@ class Recipe:
     draft_guidance_scale: float
     start: float = 1.0
     low_pass: LowPass = field(default_factory=LowPass)
+    wrap: str = "none"
 
     @classmethod
     def of(
@@ -50,6 +53,7 @@ class Recipe:
         draft_guidance_scale: float | None = None,
         start: float = 1.0,
         low_pass: LowPass | None = None,
+        wrap: str = "none",
     ) -> Recipe:
         """The recipe for pictures of `height` x `width` px; `None` is the base's own.
 
@@ -59,6 +63,7 @@ class Recipe:
         Raises:
             UserError: Sizes and settings that cannot be.
         """
+        check_wrap(wrap)
         check_sampling(base, start, steps, draft_steps, guidance_scale, draft_guidance_scale)
         scale = native_scale(base, height, width) if scale is None else scale
         plan = replace(method, scale=scale).plan(base, height, width)
@@ -72,7 +77,16 @@ class Recipe:
             base.guidance_scale_for(draft_guidance_scale, reads_draft=False),
             start,
             low_pass or LowPass(),
+            wrap,
         )
+
+    def shift(self, step: int) -> Shift:
+        """How far a step of the refinement sees picture and draft moved."""
+        return wrap_shift(self.plan.layout.image, self.plan.layout.guidance, self.wrap, step)
+
+    def draft_shift(self, step: int) -> tuple[int, int]:
+        """How far a step of the draft sees it moved, in rows and columns of its tokens."""
+        return wrap_shift(self.draft_plan.layout.image, None, self.wrap, step).image
 
     @property
     def needs_draft(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
@@ -40,16 +41,27 @@ class Region:
         """The box out of `[..., height, width]`, of which a token of `grid` covers the same number everywhere."""
         return whole[self._box(whole, grid)]
 
-    def paste(self, whole: Tensor, part: Tensor, grid: Grid) -> Tensor:
-        """`whole` with the chosen windows of `part`, which is as large as the box."""
-        result = whole.clone()
-        result[self._box(whole, grid)] = torch.where(self.mask(part), part, self.crop(whole, grid))
+    def paste(self, whole: Tensor, part: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:
+        """`whole` with the chosen windows of `part`, which is as large as the box.
+
+        Args:
+            weights: of `part`, float `[rows, columns]`; 0 outside of the chosen windows. By default 1 in them.
+        """
+        result, under = whole.clone(), self.crop(whole, grid)
+        if weights is None:
+            result[self._box(whole, grid)] = torch.where(self.mask(part), part, under)
+        else:
+            result[self._box(whole, grid)] = under.lerp(part, self._spread(weights, part))
         return result
 
     def mask(self, part: Tensor) -> Tensor:
         """Where the chosen windows lie in something as large as the box, bool `[height, width]`."""
+        return self._spread(self.chosen, part)
+
+    def _spread(self, tokens: Tensor, part: Tensor) -> Tensor:
+        """What tokens of the box have, for all that a token covers in something as large as the box."""
         high, wide = part.shape[-2] // len(self.rows), part.shape[-1] // len(self.columns)
-        return self.chosen.to(part.device).repeat_interleave(high, 0).repeat_interleave(wide, 1)
+        return tokens.to(part.device).repeat_interleave(high, 0).repeat_interleave(wide, 1)
 
     def _box(self, whole: Tensor, grid: Grid) -> tuple[EllipsisType, slice, slice]:
         high, wide = whole.shape[-2] // grid.height, whole.shape[-1] // grid.width
@@ -109,16 +121,15 @@ def whole_windows(touched: Tensor, layout: Layout) -> Tensor:
     return result
 
 
-def regions_of(layout: Layout, touched: Tensor, margin: int | None = None) -> list[Region]:
-    """Regions that hold all touched windows, each window in one of them; windows close together share one.
+def regions_around(layout: Layout, chosen: Tensor, margin: int | None = None) -> list[Region]:
+    """Regions that hold all chosen tokens, each in one of them; tokens close together share one.
 
     Args:
         layout: of the whole picture.
-        touched: tokens, bool `[height, width]`.
-        margin: tokens around the windows that are computed with them, so that their neighbours are known; rounded up
-            to whole cells. By default a window.
+        chosen: tokens, bool `[height, width]`; see `whole_windows`.
+        margin: tokens around them that are computed with them, so that their neighbours are known; rounded up to whole
+            cells. By default a window.
     """
-    chosen = whole_windows(touched, layout)
     cell = layout.image.cell
     margin = (layout.window or 0) if margin is None else margin
     around = _grown(chosen, -(-margin // cell) * cell)
@@ -131,6 +142,23 @@ def regions_of(layout: Layout, touched: Tensor, margin: int | None = None) -> li
         box_rows, box_columns = (range(side.start, side.stop) for side in box)
         regions.append(Region(box_rows, box_columns, mine))
     return regions
+
+
+def blending(chosen: Tensor, over: int, wrap: str = "none") -> Tensor:
+    """Weights in [0, 1] of what is put in where `chosen`, bool `[h, w]`, over what is there.
+
+    They rise from the border inwards, over `over` places, so that nothing outside changes and no line shows. At an edge
+    of the picture there is nothing to blend with, unless it joins the opposite one, see `scale_dit.wrapping`.
+    """
+    around = np.pad(chosen.numpy(), ((over, over), (0, 0)), mode="wrap" if wrap == "both" else "edge")
+    around = np.pad(around, ((0, 0), (over, over)), mode="edge" if wrap == "none" else "wrap")
+    depth = torch.from_numpy(ndimage.distance_transform_cdt(around, "chessboard"))[over:-over, over:-over]
+    return ((depth - 0.5) / over).clamp(0, 1)
+
+
+def share_of_boxes(chosen: Tensor, layout: Layout) -> float:
+    """Tokens of the boxes around chosen tokens, bool `[height, width]`, as a share of the picture's."""
+    return sum(region.tokens for region in regions_around(layout, chosen)) / layout.image.tokens
 
 
 def _grown(tokens: Tensor, by: int) -> Tensor:

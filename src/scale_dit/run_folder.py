@@ -135,19 +135,22 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: The folder cannot be resumed.
     """
-    folder = resume_folder(arguments)
+    folder = path_argument(arguments, "resume")
     if folder is None:
         return list(arguments)
     check_resumable(folder)
     return arguments_of_run(folder, arguments, {"hydra.run.dir": folder})
 
 
-def resume_folder(arguments: Sequence[str]) -> Path | None:
-    """The folder that `resume=<folder>` names among command-line arguments."""
-    given = [argument for argument in arguments if _is_override(argument) and _key(argument) == "resume"]
+def path_argument(arguments: Sequence[str], option: str) -> Path | None:
+    """The path that `<option>=<path>` names among command-line arguments."""
+    given = [argument for argument in arguments if _is_override(argument) and _key(argument) == option]
     if not given:
         return None
-    return Path(OverridesParser.create().parse_override(given[-1]).value())  # type: ignore[arg-type]
+    path = OverridesParser.create().parse_override(given[-1]).value()
+    if not isinstance(path, str):
+        raise UserError(f"{option} is given more than once: it takes one path")
+    return Path(path)
 
 
 def arguments_of_run(

@@ -22,10 +22,11 @@ AfterStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class LocalPrompt:
-    """Windows that read a text of their own."""
+    """Windows that read a text of their own, and how much of it counts, `[rows, columns]` of the region's box."""
 
     region: Region
     text: Text
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Stage:
         guidance_scale: Of classifier-free guidance, or the input of a distilled base.
         keys_values: The draft's keys and values in every block; the same in every step and in both branches.
         pull: The draft at the picture's size, towards which low frequencies are pulled, and how.
+        elsewhere: Velocity of what is in none of the regions, `[B, C, h, w]`. `None`: everything is computed.
+        regions: What is computed then, each in a pass over its box alone.
         local: Windows with prompts of their own: there, the velocity is that of a pass over their region alone.
-        rolled: The same stage over the draft moved as the picture is by `shift`.
-        shift: How far every second step sees the picture moved, in rows and columns of tokens, what leaves it at one
-            side coming back at the other: so no edge stays one, and the picture joins itself.
+        moved: The same stage over a picture and a draft that are moved at a step, what leaves them at one side coming
+            back at the other, and how far the picture is: so no edge stays one, and the picture joins itself.
     """
 
     base: Driver
@@ -51,45 +53,48 @@ class Stage:
     guidance_scale: float
     keys_values: Sequence[KeysValues] | None = None
     pull: tuple[Tensor, LowPass] | None = None
+    elsewhere: Tensor | None = None
+    regions: Sequence[Region] = ()
     local: Sequence[LocalPrompt] = ()
-    rolled: Stage | None = None
-    shift: tuple[int, int] = (0, 0)
+    moved: Callable[[int], tuple[Stage, tuple[int, int]]] | None = None
 
     def sample(
         self, latents: Tensor, scheduler: FlowMatchEulerDiscreteScheduler, after_step: AfterStep | None = None
     ) -> Tensor:
         """Latents `[B, C, h, w]` at the scheduler's first noise level -> clean latents, float32."""
-        if self.rolled is None:
+        if self.moved is None:
             return denoise(self.velocity, latents, scheduler, after_step)
         steps = {sigma: index for index, sigma in enumerate(scheduler.sigmas.tolist())}
+        grid, moved_stage = self.plan.layout.image, self.moved
 
-        def alternating(latents: Tensor, sigma: float) -> Tensor:
-            return self.velocity(latents, sigma) if steps[sigma] % 2 == 0 else self._moved_velocity(latents, sigma)
+        def velocity(latents: Tensor, sigma: float) -> Tensor:
+            stage, (rows, columns) = moved_stage(steps[sigma])
+            return moved(stage.velocity(moved(latents, grid, (rows, columns)), sigma), grid, (-rows, -columns))
 
-        return denoise(alternating, latents, scheduler, after_step)
+        return denoise(velocity, latents, scheduler, after_step)
 
     def within(self, region: Region) -> Stage:
-        """The stage over a region's box alone."""
-        pull = self.pull and (region.crop(self.pull[0], self.plan.layout.image), self.pull[1])
-        return replace(self, plan=self.plan.box(region.rows, region.columns), pull=pull, local=(), rolled=None)
+        """The stage over a region's box alone; the pull is that of the whole."""
+        plan = self.plan.box(region.rows, region.columns)
+        return replace(self, plan=plan, pull=None, elsewhere=None, regions=(), local=(), moved=None)
 
     def velocity(self, latents: Tensor, sigma: float) -> Tensor:
         """Velocity `[B, C, h, w]`, float32, of latents at a noise level."""
-        grid = self.plan.layout.image
-        velocity = self._guided(latents, sigma)
+        velocity = self._guided(latents, sigma) if self.elsewhere is None else self.elsewhere
+        for region in self.regions:
+            velocity = self._pasted(velocity, LocalPrompt(region, self.text), latents, sigma)
         for part in self.local:
-            inside = replace(self.within(part.region), text=part.text, pull=None)
-            velocity = part.region.paste(velocity, inside.velocity(part.region.crop(latents, grid), sigma), grid)
+            velocity = self._pasted(velocity, part, latents, sigma)
         if self.pull is None:
             return velocity
         draft, low_pass = self.pull
         return low_pass_guidance(velocity, latents, draft, sigma, low_pass, self.plan.method.scale)
 
-    def _moved_velocity(self, latents: Tensor, sigma: float) -> Tensor:
-        assert self.rolled is not None
-        grid, (rows, columns) = self.plan.layout.image, self.shift
-        velocity = self.rolled.velocity(moved(latents, grid, (rows, columns)), sigma)
-        return moved(velocity, grid, (-rows, -columns))
+    def _pasted(self, velocity: Tensor, part: LocalPrompt, latents: Tensor, sigma: float) -> Tensor:
+        """A velocity with that of a pass over a region's box in place of the region's."""
+        grid, region = self.plan.layout.image, part.region
+        inside = replace(self.within(region), text=part.text)
+        return region.paste(velocity, inside.velocity(region.crop(latents, grid), sigma), grid, part.weights)
 
     def _guided(self, latents: Tensor, sigma: float) -> Tensor:
         order, grid = self.plan.layout.image_order, self.plan.layout.image

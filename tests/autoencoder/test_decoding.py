@@ -46,9 +46,9 @@ def test_tiles_are_near(vae):
 
 
 @pytest.mark.parametrize("needed", [decode_bytes, encode_bytes])
-def test_auto_is_the_first_way_that_fits(vae, needed):
-    """Just enough memory for a way, and a byte too little."""
-    size = (16384, 8192)  # where bands are small
+def test_auto_is_the_first_way_that_fits(needed):
+    """Just enough memory of a card for a way, and a byte too little."""
+    vae, size = autoencoder().to("meta"), (16384, 8192)  # where bands are small
     ways = Decoding()
     assert ways.choice(vae, *size, None, needed) == "whole"
     least = int(needed(vae, *size, "streamed") / 0.9) + 1
@@ -64,10 +64,19 @@ def test_auto_is_the_first_way_that_fits(vae, needed):
     assert Decoding(wrap="both").choice(vae, *size, None, needed) == "streamed"
 
 
+def test_auto_on_a_processor_is_whole_where_that_fits(vae):
+    """It always was, however little memory the host had."""
+    ways, size = Decoding(), (16384, 8192)
+    least = int(decode_bytes(vae, *size, "whole") / 0.9) + 1
+    assert ways.choice(vae, *size, least) == "whole"
+    assert ways.choice(vae, *size, least - 3) == "streamed"
+    assert ways.choice(vae, *size, 0) == "streamed", "planes are on the host anyway"
+
+
 def test_what_ran_is_said(vae, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, "scale_dit"):
         list(decode_bands(vae, noise(1, 4, 4, 8), Decoding(), free=0))
-    assert "decoding 64 x 32 px: host" in caplog.text
+    assert "decoding 64 x 32 px: streamed" in caplog.text
 
 
 @pytest.mark.parametrize("wrap", ["horizontal", "both"])

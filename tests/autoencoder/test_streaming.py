@@ -7,8 +7,8 @@ import torch
 from autoencoders import CPU, FAMILIES, autoencoder, joined, streaming
 from small_bases import noise
 
+from scale_dit.autoencoder import planes
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
-from scale_dit.autoencoder.planes import Plane
 from scale_dit.autoencoder.streaming import Streaming
 
 ROUNDING = 1e-5
@@ -62,8 +62,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_whole_one(direction):
 def test_statistics_survive_a_mean_far_from_zero():
     """The naive difference of squares would lose every digit of this variance."""
     values = 1000 + 1e-2 * noise(1, 8, 33, 17).double()
-    plane = Plane.of(values.float(), CPU, CPU)
     kept = streaming(64)
+    plane = kept.plane_of(values.float())
     kept.norm(plane, torch.nn.GroupNorm(4, 8), "norm")
     mean, variance = kept.statistics["norm"]
     groups = values.float().double().reshape(4, -1)
@@ -88,10 +88,21 @@ def test_joined_edges_roll_with_the_latents(vae, rows, band_elements):
 
 def test_planes_may_be_kept_elsewhere_than_they_are_worked_on():
     """On `meta` nothing is computed; a plane that is worked on elsewhere keeps its own device and dtype."""
-    plane = Plane.of(noise(1, 2, 5, 3).bfloat16(), CPU, torch.device("meta"))
+    plane = Streaming(torch.device("meta"), CPU).plane_of(noise(1, 2, 5, 3).bfloat16())
     assert plane.rows(1, 3).device.type == "meta"
-    assert plane.values.device == CPU
-    assert plane.values.dtype == torch.bfloat16
+    assert plane.pieces[0].device == CPU
+    assert plane.pieces[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_pieces_of_planes_change_nothing(vae, monkeypatch, rows):
+    """Bands that lie across pieces, and edges that join."""
+    latents, how = noise(1, 4, 9, 12), {"wrap_rows": True, "wrap_columns": True}
+    expected = [joined(streamed_decode(vae, latents, streaming(**options))) for options in ({}, how)]
+    monkeypatch.setattr(planes, "PIECE_BYTES", rows * 24 * 24 * 4)
+    assert len(streaming().plane((1, 24, 33, 24), torch.float32).pieces) == -(-33 // rows)
+    found = [joined(streamed_decode(vae, latents, streaming(**options))) for options in ({}, how)]
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.gpu

@@ -93,7 +93,7 @@ def test_json_lines(tmp_path):
     found = read_prompts(path)
     assert found.prompts == [
         Prompt("just text", source="prompts.jsonl, line 1"),
-        Prompt("all", 3, 256, 512, "blur", "prompts.jsonl, line 2"),
+        Prompt("all", 3, 256, 512, "blur", source="prompts.jsonl, line 2"),
         Prompt("last", source="prompts.jsonl, line 8"),
     ]
     assert [line.split(":")[0] for line in found.broken] == [f"prompts.jsonl, line {i}" for i in (3, 4, 5, 6, 7)]

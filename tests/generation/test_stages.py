@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from small_bases import noise
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -209,6 +210,25 @@ def test_decoding_reads_the_autoencoder_alone(small_folder, tmp_path):
     latents = noise(1, 16, 16, 32)
     found = torch.cat(list(setup.load_decoder().decode_bands(latents)), dim=1)
     assert torch.equal(found, torch.cat(list(pipeline.decode_bands(latents)), dim=1))
+
+
+def test_other_weights_are_other_settings(small_settings, small_folder, tmp_path):
+    """The transformer's file by what is in it, not by its name; weights in 8 bits make other pictures."""
+    setup = Setup(
+        small_settings, METHOD, SAMPLING, Loras(), None, "auto", torch.device("cpu"), torch.float32, Memory()
+    )  # fmt: skip
+    (weights,) = (small_folder / "transformer").glob("*.safetensors")
+    file = shutil.copy(weights, tmp_path / "one.safetensors")
+    given = replace(setup, base=replace(small_settings, transformer_file=str(file)))
+    before = given.settings()
+    state = load_file(file)
+    state[min(state)] += 1
+    save_file(state, file)
+    after = given.settings()
+    assert before["base"] == after["base"]
+    assert before != after
+    assert replace(setup, memory=Memory(weights="fp8")).settings() != setup.settings()
+    assert replace(setup, memory=Memory("group", 4096, "host", "tiled")).settings() == setup.settings()
 
 
 def test_picked_drafts_become_the_pictures_of_a_full_run(make, tmp_path, whole):

@@ -29,12 +29,17 @@ def own_cache(tmp_path, monkeypatch):
         (Operation("convolution", 1000, 100), 20.0),
         (Operation("attention", 1000, 100), 50.0),
         (Operation("windowed", 1000, 100), 100.0),
+        (Operation("wide", 1000, 100), 50.0),
         (Operation("elementwise", 0, 3000), 3.0),
         (Operation("matmul", 1, 1), 0.5),
     ],
 )
 def test_an_operation_takes_what_binds_it(operation, seconds):
     assert ROUND.seconds(Trace(Counter({operation: 3}))) == 3 * seconds
+
+
+def test_wide_attention_has_a_rate_of_its_own_once_it_is_measured():
+    assert replace(ROUND, wide=5.0).seconds(Trace(Counter({Operation("wide", 1000, 100): 1}))) == 200.0
 
 
 def test_the_users_own_profile_comes_first():
@@ -57,11 +62,12 @@ def test_shipped_profiles_are_whole():
         machine = Machine.load(path)
         assert path.name == file_name(machine.name, getattr(torch, machine.dtype.removeprefix("torch.")))
         rates = {name: value for name, value in asdict(machine).items() if isinstance(value, float)}
-        assert len(rates) == 7
-        assert all(value > 0 for value in rates.values())
+        assert {"matmul", "windowed", "host_copy"} <= rates.keys()
+        assert all(value > 0 for name, value in rates.items() if name not in ("text_launch", "wide"))
         assert machine.versions
 
 
+@pytest.mark.slow
 def test_calibration_measures_this_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["calibrate", "--device", "cpu", "--to", str(tmp_path)])
     calibrate.main()
@@ -69,7 +75,13 @@ def test_calibration_measures_this_machine(tmp_path, monkeypatch, capsys):
     assert str(machine) in capsys.readouterr().out
     assert 1e9 < machine.matmul < 1e14, "FLOP/s of a processor"
     assert 1e8 < machine.bandwidth < 1e12
-    assert 1e-7 < machine.launch < 1e-2
+    assert 1e-7 < machine.launch <= machine.text_launch < 1e-2
+    assert set(machine.practice) == {"draft", "refine", "decode"}
+    assert all(0.05 < factor < 20 for factor in machine.practice.values())
+
+
+def test_a_text_encoders_operations_take_their_own_least():
+    assert ROUND.seconds(Trace(Counter({Operation("matmul", 1, 1): 3})), launch=2.0) == 6.0
 
 
 def test_free_memory_of_the_host_is_below_all_of_it():

@@ -14,8 +14,10 @@ from full_size import STUDY, flux1_dev, study
 from scale_dit.errors import UserError
 from scale_dit.evaluation.figures import read_figures
 from scale_dit.evaluation.quotes import quotes
-from scale_dit.models.random_weights import write_configs
+from scale_dit.models.random_weights import base_settings, on_meta, write_configs
+from scale_dit.models.shapes import shape_of
 from scale_dit.planning.components import Components, size_of
+from scale_dit.planning.trace import trace
 
 WHERE = {"command": "measure", "machine": "a card", "versions": "torch 1", "date": "2026-01-02", "commit": "abc"}
 
@@ -38,24 +40,28 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--tables", str(tmp_path)])
     kinds = {
         "stock_eager": (7, 30), "stock_compiled": (6, 28), "windowed_eager": (2, 31),
-        "windowed_low_memory": (2.5, 27), "windowed_compiled": (1.8, 29),
+        "windowed_parts": (2, 27), "windowed_low_memory": (2.5, 25), "windowed_compiled": (1.8, 29),
     }  # fmt: skip
-    write(tmp_path / "steps.csv", [{"px": 4096, "kind": k, "seconds": s, "peak_gb": p} for k, (s, p) in kinds.items()])
+    for table in ("steps.csv", study("measure").steps_table("klein_9b")):
+        rows = [{"px": 4096, "kind": k, "seconds": s, "peak_gb": p} for k, (s, p) in kinds.items()]
+        write(tmp_path / table, rows)
     write(
         tmp_path / "pictures.csv",
         [
             {
-                "px": px, "cap_gb": "", "way": "memory.offload=none", "steps": steps, "stage": stage, "seconds": 7,
+                "base": base, "px": px, "cap_gb": "", "way": "memory.offload=none",
+                "steps": steps, "stage": stage, "seconds": 7,
                 "planned_seconds": 7.7, "peak_gb": 40, "planned_peak_gb": 38,
             }
-            for px, steps in ((4096, 28), (8192, 7))
+            for base, px, steps in (("flux1_dev", 4096, 28), ("flux1_dev", 8192, 7), ("klein_9b", 4096, 4))
             for stage in ("text", "draft", "refine", "decode")
         ],
     )  # fmt: skip
     write(
         tmp_path / "least.csv",
         [{
-            "px": 2048, "way": "", "least_cap_gb": 4, "peak_gb": 3.5, "planned_peak_gb": 3.4, "text_peak_gb": 9.8,
+            "base": "flux1_dev", "px": 2048, "way": "",
+            "least_cap_gb": 4, "peak_gb": 3.5, "planned_peak_gb": 3.4, "text_peak_gb": 9.8,
             "refine_seconds_a_step": 1,
         }],
     )  # fmt: skip
@@ -77,7 +83,10 @@ def test_rows_become_figures_and_tables(report, tmp_path):
     found = quotes(tmp_path / "README.md", rows)
     assert len(found) == len(rows)
     assert all(quote.text == quote.expected for quote in found)
-    assert "Not measured yet." not in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert "| flux1_dev | 4096 | 7 | 196 | 7 | 0.036 |" in readme, "28 dense steps of 7 s"
+    assert "| klein_9b | 4096 | 7 | 28 | 7 | 0.250 |" in readme
+    assert "Not measured yet." not in readme
 
 
 def test_rows_of_two_machines_are_refused(report, tmp_path):
@@ -100,3 +109,19 @@ def test_a_folder_of_configs_is_enough_for_a_plan(tmp_path):
     assert {name: size_of(part) for name, part in read.modules.items()} == {
         name: size_of(part) for name, part in built.modules.items()
     }
+
+
+@pytest.mark.parametrize("base", ["flux1_dev", "klein_9b"])
+def test_steps_of_both_kinds_are_what_is_compared(base, monkeypatch):
+    """On `meta`, of few blocks: the stock step attends densely, ours by windows, and holds less."""
+    measure = study("measure")
+    monkeypatch.setattr(measure, "DEVICE", torch.device("meta"))
+    blocks = on_meta(shape_of(base, "full"), num_layers=1, num_single_layers=1)["transformer"]
+    driver = Components({"transformer": blocks.to(torch.bfloat16)}).driver(base_settings(base), "triton")
+    px = measure.Side.of("2048x4096")
+    assert (px.height, px.width) == (4096, 2048)
+    stock = trace(measure._stock_step(driver, px))
+    ours = trace(measure._windowed_step(driver, px, "windowed_parts"))
+    assert stock.flops("attention") > 10 * ours.flops("windowed") > 0
+    assert ours.flops("attention") == stock.flops("windowed") == 0
+    assert ours.peak < stock.peak

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from scale_dit.errors import UserError
 from scale_dit.generation import Picture, Sampling, generate
+from scale_dit.generation.job import Job
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture
 from scale_dit.planning.memory import Memory
@@ -38,6 +39,22 @@ def test_plan_and_outcome_are_printed(small_settings, tmp_path):
     for stage in ("text", "draft", "refine", "decode", "in all"):
         assert re.search(rf"{stage}\W+[\d.]+", before)
         assert re.search(rf"{stage}\W+[\d.]+\W+[\d.]+", after), "seconds predicted and measured"
+
+
+def test_drafts_are_planned_as_what_they_are(small_settings, tmp_path):
+    """They were planned as the pictures that may be made of them: refused where those would not fit."""
+    console = Console(file=StringIO(), width=200)
+    large = [replace(PICTURES[0], height=4096, width=4096)]
+    generate(
+        large, small_settings, Method(), replace(SAMPLING, scale=32.0), tmp_path, job=Job("draft"),
+        memory=Memory(limit_gb=0.6), console=console, device="cpu",
+    )  # fmt: skip
+    printed = console.file.getvalue()
+    assert "refine" not in printed
+    before, after = printed.split("Predicted and actual, 1 pictures")
+    for stage in ("text", "draft", "decode"):
+        assert re.search(rf"{stage}\W+[\d.]+", before)
+        assert re.search(rf"{stage}\W+[\d.]+\W+[\d.]+", after)
 
 
 def test_all_ways_make_the_same_pictures(small_settings, tmp_path):

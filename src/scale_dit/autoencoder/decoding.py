@@ -15,6 +15,8 @@ from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_byt
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.autoencoder.tiles import tiled_decode
 from scale_dit.errors import UserError
+from scale_dit.planning.machine import free_bytes
+from scale_dit.wrapping import check_wrap
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"unknown decode mode {self.mode!r}: use one of {', '.join(MODES)}")
-        if self.wrap not in ("none", "horizontal", "both"):
-            raise UserError(f"unknown wrap {self.wrap!r}: use one of none, horizontal, both")
+        check_wrap(self.wrap)
         if self.tile < 64 or not 0 <= self.overlap <= self.tile // 2:
             raise UserError(
                 f"decode tiles of {self.tile} px cannot overlap by {self.overlap}: use tiles of at least 64 px, and an "
@@ -63,17 +64,18 @@ class Decoding:
         """The mode for a picture of `height` x `width` px.
 
         Args:
-            free: Bytes of device memory to be had; `None`: as many as are needed.
+            free: Bytes of the device's memory to be had; `None`: as many as are needed.
             needed: `decode_bytes` or `encode_bytes`.
         """
         if self.mode != "auto":
             return self.mode
+        on_cpu = vae.device.type == "cpu"
         # Above, the untiled one is slower on a GPU, too.
-        may_be_whole = self.wrap == "none" and (free is None or height * width <= WHOLE_PIXELS)
+        may_be_whole = self.wrap == "none" and (free is None or on_cpu or height * width <= WHOLE_PIXELS)
         for mode in ("whole", "streamed") if may_be_whole else ("streamed",):
             if free is None or needed(vae, height, width, mode) <= SHARE * free:
                 return mode
-        return "host"
+        return "streamed" if on_cpu else "host"
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = No
     """A picture from latents `[1, C, h, w]` as the autoencoder takes them, in bands from the top.
 
     Args:
-        free: Bytes of device memory to be had; by default what the device has free.
+        free: Bytes of the device's memory to be had; by default what it has free.
 
     Yields:
         First row and `[1, 3, rows, W]` in [0, 1], float32, on the latents' device.
@@ -89,7 +91,7 @@ def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = No
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (scale * side for side in latents.shape[-2:])
     device = latents.device
-    mode = how.choice(vae, height, width, _free_bytes(device) if free is None else free)
+    mode = how.choice(vae, height, width, free_bytes(device) if free is None else free)
     log.info("decoding %d x %d px: %s", width, height, mode)
     if mode == "whole":
         yield 0, _to_unit(vae.decode(latents.to(vae.dtype)).sample)
@@ -129,11 +131,11 @@ def encode(vae: Any, pictures: Tensor, how: Decoding | None = None) -> Tensor:
     how = replace(how or Decoding(), wrap="none")
     device = next(vae.parameters()).device
     count, _, height, width = pictures.shape
-    if how.choice(vae, count * height, width, _free_bytes(device), encode_bytes) == "whole":
+    if how.choice(vae, count * height, width, free_bytes(device), encode_bytes) == "whole":
         return vae.encode(pictures.to(device, vae.dtype) * 2 - 1).latent_dist.mean
     found = []
     for picture in pictures:
-        mode = how.choice(vae, height, width, _free_bytes(device), encode_bytes)
+        mode = how.choice(vae, height, width, free_bytes(device), encode_bytes)
         scaled = picture[None].to(vae.dtype) * 2 - 1
         if mode == "whole":
             found.append(vae.encode(scaled.to(device)).latent_dist.mean)
@@ -145,20 +147,13 @@ def encode(vae: Any, pictures: Tensor, how: Decoding | None = None) -> Tensor:
 
 def _whole_batch_fits(vae: Any, latents: Tensor, how: Decoding) -> bool:
     scale, count = 2 ** (len(vae.config.block_out_channels) - 1), len(latents)
-    free = _free_bytes(latents.device)
+    free = free_bytes(latents.device)
     return how.choice(vae, scale * latents.shape[-2] * count, scale * latents.shape[-1], free) == "whole"
 
 
 def _streaming(device: torch.device, mode: str, wrap: str) -> Streaming:
     store = torch.device("cpu") if mode == "host" else device
     return Streaming(device, store, BAND_ELEMENTS, wrap_columns=wrap != "none", wrap_rows=wrap == "both")
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _to_unit(band: Tensor) -> Tensor:

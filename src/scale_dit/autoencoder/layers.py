@@ -23,7 +23,7 @@ def streamed_decode(vae: Any, latents: Tensor, streaming: Streaming) -> Iterator
 
 def middle(vae: Any, latents: Tensor, streaming: Streaming) -> Plane:
     """The decoder's layers at the latents' size, the attention layer among them."""
-    plane: Source = Plane.of(latents.to(vae.dtype), streaming.store, streaming.compute)
+    plane: Source = streaming.plane_of(latents.to(vae.dtype))
     if getattr(vae, "post_quant_conv", None) is not None:
         plane = streaming.convolve(plane, vae.post_quant_conv)
     return _middle(streaming.convolve(plane, vae.decoder.conv_in), vae.decoder.mid_block, streaming)
@@ -44,7 +44,7 @@ def enlarge(vae: Any, plane: Source, streaming: Streaming) -> Iterator[tuple[int
 def streamed_encode(vae: Any, picture: Tensor, streaming: Streaming) -> Tensor:
     """The posterior's mean `[1, C, h, w]` of a picture `[1, 3, H, W]` in [-1, 1]."""
     encoder = vae.encoder
-    plane: Source = Plane.of(picture.to(vae.dtype), streaming.store, streaming.compute)
+    plane: Source = streaming.plane_of(picture.to(vae.dtype))
     plane = streaming.convolve(plane, encoder.conv_in)
     for number, block in enumerate(encoder.down_blocks):
         for index, resnet in enumerate(block.resnets):

@@ -6,9 +6,10 @@ So a norm goes over its input once for the statistics, and they are applied wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scale_dit.autoencoder.attention import SCORE_BYTES, attend_all
-from scale_dit.autoencoder.planes import Computed, Plane, Source, bands
+from scale_dit.autoencoder.planes import Bus, Computed, Plane, Source, bands
 
 Apply = Callable[[Tensor], Tensor]
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -35,7 +36,7 @@ class Streaming:
         wrap_columns, wrap_rows: what lies beyond an edge is the opposite edge, not zeros.
         regions: first and last + 1 row and column that count for statistics, for each of the batch, as shares of its
             sides; `None`: everything.
-        score_bytes: of the attention layer's scores that are held at a time.
+        score_bytes, way: of the attention layer, see `attend_all`.
         statistics: what is there is used, what is not there is measured and kept there.
     """
 
@@ -45,8 +46,24 @@ class Streaming:
     wrap_columns: bool = False
     wrap_rows: bool = False
     score_bytes: int = SCORE_BYTES
+    way: str | None = None
     regions: tuple[Region, ...] | None = None
     statistics: Statistics = field(default_factory=dict)
+
+    @cached_property
+    def bus(self) -> Bus | None:
+        """Between planes on the host and a card; there is none where both are the same."""
+        return Bus(self.compute) if self.compute.type == "cuda" and self.store.type == "cpu" else None
+
+    def plane(self, shape: Sequence[int], dtype: torch.dtype) -> Plane:
+        """A new plane `[B, C, H, W]`."""
+        return Plane(shape, dtype, self.store, self.compute, self.bus)
+
+    def plane_of(self, values: Tensor) -> Plane:
+        """A plane of these values `[B, C, H, W]`."""
+        plane = self.plane(values.shape, values.dtype)
+        plane.write(0, values)
+        return plane
 
     def norm(self, source: Source, norm: nn.GroupNorm, name: str, activation: Apply | None = None) -> Apply:
         """The group norm of a plane, and what comes behind it, as a function of its bands."""
@@ -119,17 +136,17 @@ class Streaming:
         if in_place and isinstance(source, Plane) and not self.wrap_rows:  # where the last band reads the first row
             target = source
         else:
-            shape = (source.batch, layer.out_channels, height, width)
-            target = Plane(shape, source.dtype, self.store, self.compute)
+            target = self.plane((source.batch, layer.out_channels, height, width), source.dtype)
         kept: tuple[int, Tensor] | None = None
         wide = source.batch * max(layer.in_channels, layer.out_channels) * width
         for start, stop in bands(height, wide, self.band_elements):
-            read = self._read(source, layer, start, stop, before, ends_only, kept)
+            band, first, outside = self._around(source, layer, start, stop, ends_only, kept)
+            read = self._padded(band, layer, before, outside, ends_only)
             result = functional.conv2d(read, layer.weight, layer.bias, layer.stride)
             if after is not None:
                 result = after(result, start, stop)
             if target is source:  # the next band needs this row as it was
-                kept = stop - 1, source.rows(stop - 1, stop).clone()
+                kept = stop - 1, band[:, :, stop - 1 - first : stop - first].clone()
             target.write(start, result)
         return target
 
@@ -139,31 +156,51 @@ class Streaming:
             read = self._read(source, layer, start, stop, before)
             yield start, functional.conv2d(read, layer.weight, layer.bias)
 
-    def _read(
+    def _read(self, source: Source, layer: nn.Conv2d, start: int, stop: int, before: Apply | None) -> Tensor:
+        """What a convolution reads for rows `start` to `stop` of its result, padded."""
+        band, _, outside = self._around(source, layer, start, stop)
+        return self._padded(band, layer, before, outside)
+
+    def _around(
         self,
         source: Source,
         layer: nn.Conv2d,
         start: int,
         stop: int,
-        before: Apply | None,
         ends_only: bool = False,
         kept: tuple[int, Tensor] | None = None,
-    ) -> Tensor:
-        """What a convolution reads for rows `start` to `stop` of its result, padded."""
+    ) -> tuple[Tensor, int, tuple[int, int]]:
+        """Rows that a convolution reads, which is the first one, and how many are missing above and below.
+
+        Args:
+            kept: a row that was written over, as it was, and its place.
+        """
         around = 0 if ends_only else layer.kernel_size[0] // 2
         first, last = start * layer.stride[0] - around, (stop - 1) * layer.stride[0] - around + layer.kernel_size[0]
         above, below = (0, 0) if self.wrap_rows else (max(0, -first), max(0, last - source.height))
         first, last = first + above, last - below
-        band = source.rows(first, last)
         if kept is not None and first <= kept[0]:
-            band = torch.cat([kept[1], band[:, :, kept[0] - first + 1 :]], dim=2)
+            band = torch.cat([kept[1], source.rows(kept[0] + 1, last)], dim=2)
+        else:
+            band = source.rows(first, last)
+        return band, first, (above, below)
+
+    def _padded(
+        self,
+        band: Tensor,
+        layer: nn.Conv2d,
+        before: Apply | None,
+        outside: tuple[int, int],
+        ends_only: bool = False,
+    ) -> Tensor:
         if before is not None:
             band = before(band)
+        around = layer.kernel_size[0] // 2
         sides = (0, 1) if ends_only else (around, around)
         if self.wrap_columns and max(sides):
             band = functional.pad(band, (*sides, 0, 0), mode="circular")
             sides = (0, 0)
-        return functional.pad(band, (*sides, above, below))
+        return functional.pad(band, (*sides, *outside))
 
     def enlarge(self, source: Source, layer: nn.Conv2d) -> Source:
         """Every pixel twice along both axes, then a convolution: computed whenever rows are read, kept nowhere.
@@ -210,7 +247,7 @@ class Streaming:
         query, key, value = parts
         for start, stop in bands(source.height, row, self.band_elements // 4):
             mine = query[:, :, start * source.width : stop * source.width]
-            band = attend_all(mine, key, value, self.score_bytes)
+            band = attend_all(mine, key, value, self.score_bytes, self.way)
             band = layer.to_out[0](band.transpose(1, 2).flatten(2)).transpose(1, 2)
             straight = source.rows(start, stop)
             if layer.residual_connection:

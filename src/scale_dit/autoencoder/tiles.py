@@ -57,7 +57,7 @@ def shared_statistics(vae: Any, whole: Plane, tile: int, overlap: int, streaming
     tiles = torch.cat([_cut(whole, tile, top, left) for (top, _), (left, _) in chosen])
     regions = tuple((*down, *across) for (_, down), (_, across) in chosen)
     measured = replace(streaming, statistics={}, regions=regions)
-    for _ in enlarge(vae, Plane.of(tiles, streaming.store, streaming.compute), measured):
+    for _ in enlarge(vae, streaming.plane_of(tiles), measured):
         pass
     return measured.statistics
 
@@ -77,7 +77,7 @@ def join_tiles(vae: Any, whole: Plane, tile: int, overlap: int, streaming: Strea
         band, weight = torch.zeros(1, 3, len(down), whole.width * factor), torch.zeros(len(down), whole.width * factor)
         for left in lefts:
             across = _weights(left, min(tile, whole.width), whole.width, overlap, margin, factor)
-            part = Plane.of(_cut(whole, tile, top, left), streaming.store, streaming.compute)
+            part = streaming.plane_of(_cut(whole, tile, top, left))
             picture = torch.cat([each.float().cpu() for _, each in enlarge(vae, part, streaming)], dim=2)
             columns = slice(left * factor, left * factor + len(across))
             band[..., columns] += picture * (down[:, None] * across)

@@ -239,16 +239,27 @@ def weights_fingerprint(
         raise UserError(f"no weights in {root}: expected a diffusers folder with {', '.join(parts)}")
     digest = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= 2**20:
-                digest.update(stream.read())
-                continue
-            for position in range(0, size, size // 64):
-                stream.seek(position)
-                digest.update(stream.read(4096))
+        _sample(digest, file, file.relative_to(root).as_posix())
     return digest.hexdigest()[:16]
+
+
+def file_fingerprint(file: str | Path) -> str:
+    """Hash of one file of weights, as `weights_fingerprint` has it; wherever it lies."""
+    digest = hashlib.sha256()
+    _sample(digest, Path(file), "")
+    return digest.hexdigest()[:16]
+
+
+def _sample(digest: Any, file: Path, name: str) -> None:
+    size = file.stat().st_size
+    digest.update(f"{name}\0{size}\0".encode())
+    with file.open("rb") as stream:
+        if size <= 2**20:
+            digest.update(stream.read())
+            return
+        for position in range(0, size, size // 64):
+            stream.seek(position)
+            digest.update(stream.read(4096))
 
 
 def encoder_weights(settings: BaseSettings) -> str:

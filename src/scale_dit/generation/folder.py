@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,6 +119,23 @@ class OutputFolder:
         saved = self.latents.load(f"{picture.stem}.refine", self.latents_fingerprint(picture))
         return saved[0] if saved is not None and saved[1] == steps else None
 
+    def tie_latents(self, picture: Picture) -> None:
+        """Note which file a picture's latents, which stay, lead to."""
+        with writing(self):
+            write_atomically(self._tie(picture), json.dumps({"sha256": self._file_digest(picture)}))
+
+    def is_unchanged(self, picture: Picture) -> bool:
+        """Whether the picture's file is the one that its latents led to."""
+        tie = self._tie(picture)
+        return tie.is_file() and json.loads(tie.read_text()) == {"sha256": self._file_digest(picture)}
+
+    def _tie(self, picture: Picture) -> Path:
+        return self.path / LATENTS / f"{picture.stem}.json"
+
+    def _file_digest(self, picture: Picture) -> str:
+        with self.file(picture).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def draft_file(self, picture: Picture) -> Path:
         """Where a preview of its draft goes."""
         return self.path / DRAFTS / f"{picture.stem}.png"
@@ -202,6 +220,8 @@ class OutputFolder:
             seconds = sum(provenance.get("seconds", {}).values())
             entry = {"file": self.file(picture).name, **asdict(picture), "seconds": round(seconds, 3)}
             del entry["index"]
+            if not picture.window_prompts:
+                del entry["window_prompts"]
             lines.append(json.dumps(entry, ensure_ascii=False))
         with writing(self):
             write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
@@ -209,7 +229,7 @@ class OutputFolder:
 
     def draft_fingerprint(self, picture: Picture) -> str:
         """Digest of everything that decides what a draft is."""
-        return self._digest(picture, self._without(*OF_REFINEMENT) | {"method": None})
+        return self._digest(replace(picture, window_prompts=()), self._without(*OF_REFINEMENT) | {"method": None})
 
     def latents_fingerprint(self, picture: Picture) -> str:
         """Digest of everything that decides what a picture's latents are: all but the way they are decoded."""
@@ -225,7 +245,8 @@ class OutputFolder:
 
     @staticmethod
     def _digest(picture: Picture, settings: Mapping[str, Any]) -> str:
-        own = {"negative_prompt": picture.negative_prompt, "height": picture.height, "width": picture.width}
+        own = asdict(picture)
+        del own["index"], own["prompt"], own["seed"]
         return fingerprint({**settings, **own}, picture.prompt, picture.seed)
 
     def remove_earlier(self) -> None:

@@ -57,11 +57,11 @@ class Making:
         )
         self.cost = StageCost()
 
-    @property
-    def whole(self) -> bool:
-        """Whether every stage ran, so that the cost is that of a picture."""
+    def is_whole(self, stage: str) -> bool:
+        """Whether every stage ran, so that the cost is that of a picture, or of a draft where `stage` is `draft`."""
         drafts = {"draft"} if self.recipe.needs_draft else set()
-        return self.cost.seconds.keys() >= {"text", "refine", "decode"} | drafts and not self.resumed
+        refines = {"refine"} if stage != "draft" else set()
+        return self.cost.seconds.keys() >= {"text", "decode"} | drafts | refines and not self.resumed
 
     def draft(self) -> None:
         """Make the draft, and a preview of it as a picture.
@@ -113,7 +113,8 @@ class Making:
     def prompts(self) -> Prompts:
         """The encoded prompt, and what is beside it."""
         with self._cost("text"):
-            return self.pipeline.encode([self.picture.prompt], self.picture.negative_prompt, self.recipe)
+            picture = self.picture
+            return self.pipeline.encode([picture.prompt], picture.negative_prompt, self.recipe, picture.window_prompts)
 
     @cached_property
     def _drafted(self) -> PhotoLatents:
@@ -155,7 +156,9 @@ class Making:
     def _decode(self, latents: Tensor) -> None:
         with enough_memory("decode", self.folder, *self.decode_remedy):
             self.keep(latents)
-        if not self.folder.files.keep_latents:
+        if self.folder.files.keep_latents:
+            self.folder.tie_latents(self.picture)
+        else:
             self.folder.latents.remove(f"{self.picture.stem}.refine")
             if not self.folder.draft_file(self.picture).is_file():  # nobody chose from drafts, or will again
                 self.folder.latents.remove(f"{self.picture.stem}.draft")

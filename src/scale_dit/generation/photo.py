@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scale_dit.data.decode import PictureError, open_picture, to_rgb, upright_size
 from scale_dit.errors import UserError
+from scale_dit.grid import Grid
 from scale_dit.models.settings import BaseSettings
 from scale_dit.recipe import Recipe
 
@@ -94,13 +95,21 @@ class DraftPhoto:
         Raises:
             UserError: It cannot be read.
         """
-        grid, draft = recipe.plan.layout.image, recipe.draft_plan.layout.image
+        begin = self._encoded(pipeline, recipe.plan.layout.image) if recipe.starts_from_draft else None
+        return PhotoLatents(self.draft_latents(pipeline, recipe), begin)
+
+    def draft_latents(self, pipeline: ScaleDiTPipeline, recipe: Recipe) -> Tensor:
+        """Its latents at the draft's size, `[1, C, h, w]`.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        return self._encoded(pipeline, recipe.draft_plan.layout.image)
+
+    def _encoded(self, pipeline: ScaleDiTPipeline, grid: Grid) -> Tensor:
         token = pipeline.settings.token_size
-        small = self._pixels(draft.height * token, draft.width * token)
-        large = self._pixels(grid.height * token, grid.width * token) if recipe.starts_from_draft else None
-        encode = pipeline.base.encode_images
-        begin = None if large is None else encode(large).to(pipeline._execution_device)
-        return PhotoLatents(encode(small).to(pipeline._execution_device), begin)
+        pixels = self._pixels(grid.height * token, grid.width * token)
+        return pipeline.base.encode_images(pixels).to(pipeline._execution_device)
 
     def _pixels(self, height: int, width: int) -> Tensor:
         """`[1, 3, height, width]` in [0, 1]."""
@@ -113,5 +122,5 @@ class DraftPhoto:
 
     def _unusable(self, error: PictureError) -> UserError:
         return UserError(
-            f"the draft {self.path} cannot be used ({error}): give a picture file such as PNG, JPEG, TIFF or WebP"
+            f"the picture {self.path} cannot be used ({error}): give a picture file such as PNG, JPEG, TIFF or WebP"
         )

@@ -11,10 +11,12 @@ from scale_dit.errors import UserError
 from scale_dit.generation.numbers import check_number
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.prompts import LARGEST_SEED, Prompt, read_prompts
+from scale_dit.local_control import WindowPrompt
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.recipe import Recipe, native_scale
 from scale_dit.sampling import LowPass, check_sampling
+from scale_dit.wrapping import check_wrap
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Sampling:
         low_pass, low_pass_schedule, low_pass_until: The pull of low frequencies towards the draft, see
             `scale_dit.sampling.LowPass`; 0 is off.
         scale: HR side / draft side; `None` makes the draft as large as the base's native size.
+        wrap: Which edges join: `none`, `horizontal` or `both`.
         decode_tile: Side in px of the tiles of the decode mode `tiled`.
 
     Raises:
@@ -47,11 +50,12 @@ class Sampling:
     low_pass_schedule: str = "cosine"
     low_pass_until: float = 0.0
     scale: float | None = None
+    wrap: str = "none"
     decode_tile: int = 1024
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "low_pass_schedule":
+            if name not in ("low_pass_schedule", "wrap"):
                 check_number(name, value, whole=name in ("steps", "draft_steps", "decode_tile"))
 
     def check(self, base: BaseSettings) -> None:
@@ -62,6 +66,7 @@ class Sampling:
         """
         check_sampling(base, self.start, self.steps, self.draft_steps, self.guidance_scale, self.draft_guidance_scale)
         _ = self.pull
+        check_wrap(self.wrap)
         if self.decode_tile < SMALLEST_TILE:
             raise UserError(f"decode_tile is {self.decode_tile} px, but it must be at least {SMALLEST_TILE}: try 1024")
 
@@ -91,7 +96,7 @@ class Sampling:
         return Recipe.of(
             base, method, height, width, scale=self.scale, steps=self.steps, draft_steps=self.draft_steps,
             guidance_scale=self.guidance_scale, draft_guidance_scale=self.draft_guidance_scale, start=self.start,
-            low_pass=self.pull,
+            low_pass=self.pull, wrap=self.wrap,
         )  # fmt: skip
 
 
@@ -105,6 +110,7 @@ class Picture:
     seed: int
     height: int
     width: int
+    window_prompts: tuple[WindowPrompt, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -143,15 +149,16 @@ def collect_pictures(
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
+    window_prompts: Sequence[WindowPrompt] = (),
     photo: DraftPhoto | None = None,
 ) -> list[Picture]:
     """Every picture to make; a line of a file whose size cannot be is left out with a warning.
 
     Args:
         n: Pictures of each prompt, with consecutive seeds.
-        seed, height, width, negative_prompt: For prompts that say nothing of their own. Sizes in px; `None` is `scale`
-            (or the method's) times the base's native side.
+        seed, height, width, negative_prompt, window_prompts: For prompts that say nothing of their own. Sizes in px;
+            `None` is `scale` (or the method's) times the base's native side.
         photo: A picture that stands for the drafts; sizes are of its aspect.
 
     Raises:
@@ -171,18 +178,21 @@ def collect_pictures(
             next(given for given in (prompt.height, height, default[0]) if given is not None),
             next(given for given in (prompt.width, width, default[1]) if given is not None),
         )
+        windows = tuple(window_prompts if prompt.window_prompts is None else prompt.window_prompts)
         try:
-            sampling.recipe(base, method, *size)
+            grid = sampling.recipe(base, method, *size).plan.layout.image
+            for window in windows:
+                window.tokens(grid, base.token_size)
             if photo is not None:
                 photo.check_aspect(base, *size)
         except UserError as error:
-            if prompt.height is None and prompt.width is None:
+            if (prompt.height, prompt.width, prompt.window_prompts) == (None, None, None):
                 raise
             log.warning("left out: %s: %s", prompt.source, error)
             continue
-        negative = negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+        negative = negative_prompt or "" if prompt.negative_prompt is None else prompt.negative_prompt
         first = seed if prompt.seed is None else prompt.seed
-        pictures += [Picture(len(pictures) + i, prompt.text, negative, first + i, *size) for i in range(n)]
+        pictures += [Picture(len(pictures) + i, prompt.text, negative, first + i, *size, windows) for i in range(n)]
     if not pictures:
-        raise UserError("no line of the prompt file has a size that this base can make: the warnings above name them")
+        raise UserError("no line of the prompt file can be made by this base: the warnings above say why")
     return pictures

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from scale_dit.errors import UserError
+from scale_dit.generation.window_prompts import read_window_prompts
+from scale_dit.local_control import WindowPrompt
 
-TEXT_OPTIONS = ("prompt", "negative_prompt", "prompts_file", "draft", "resume")
+TEXT_OPTIONS = ("prompt", "negative_prompt", "prompts_file", "window_prompts", "draft", "remake", "mask", "resume")
 """Options whose value is any text, not Hydra's override grammar."""
 
 FILE_KINDS = (".txt", ".jsonl", ".csv")
 LARGEST_SEED = 2**63 - 1
 
-# What a list of finished pictures holds beside the prompt, so that it can be given as a prompt file again.
-IGNORED_FIELDS = ("file", "seconds")
+FIELDS = ("prompt", "seed", "height", "width", "negative_prompt", "window_prompts", "file", "seconds")
+"""What a line may hold; the last two stand in a list of finished pictures, which is a prompt file again."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Prompt:
         seed: Its first seed.
         height, width: In px.
         negative_prompt: For classifier-free guidance.
+        window_prompts: What windows show instead.
         source: Where it stands, for messages, such as `prompts.csv, line 3`.
     """
 
@@ -41,6 +44,7 @@ class Prompt:
     height: int | None = None
     width: int | None = None
     negative_prompt: str | None = None
+    window_prompts: tuple[WindowPrompt, ...] | None = None
     source: str = "the command line"
 
 
@@ -106,8 +110,8 @@ def _quote(text: str) -> str:
 def read_prompts(path: str | Path) -> PromptFile:
     """Read a file of prompts: `.txt` (one a line), `.jsonl` (strings or objects) or `.csv` (with a header).
 
-    Objects and columns: `prompt`, and optionally `seed`, `height`, `width`, `negative_prompt`. A line that cannot be
-    used is named in `broken`, and the rest is read.
+    Objects and columns: `prompt`, and optionally `seed`, `height`, `width`, `negative_prompt`, `window_prompts`. A line
+    that cannot be used is named in `broken`, and the rest is read.
 
     Raises:
         UserError: The file cannot be read, is of another kind, or holds no prompt that can be used.
@@ -129,8 +133,7 @@ def read_prompts(path: str | Path) -> PromptFile:
         except UserError as error:
             found.broken.append(f"{source}: {error}")
         if isinstance(entry, Mapping):
-            known = ("prompt", "seed", "height", "width", "negative_prompt", *IGNORED_FIELDS)
-            found.unknown_fields += [key for key in entry if key not in (*known, *found.unknown_fields)]
+            found.unknown_fields += [key for key in entry if key not in (*FIELDS, *found.unknown_fields)]
     if not found.prompts:
         what = f"no line of it can be used: {'; '.join(found.broken[:3])}" if found.broken else "it is empty"
         raise UserError(f"prompt file {path} holds no prompt: {what}")
@@ -212,13 +215,14 @@ def _prompt(entry: Entry, source: str) -> Prompt:
         return Prompt(_text(entry, "prompt"), source=source)
     if "prompt" not in entry:
         raise UserError("no 'prompt'")
-    negative = entry.get("negative_prompt")
+    negative, windows = entry.get("negative_prompt"), entry.get("window_prompts")
     return Prompt(
         _text(entry["prompt"], "prompt"),
         seed=_whole_number(entry.get("seed"), "seed", LARGEST_SEED),
         height=_whole_number(entry.get("height"), "height"),
         width=_whole_number(entry.get("width"), "width"),
         negative_prompt=None if negative is None else _text(negative, "negative_prompt", empty=True),
+        window_prompts=None if windows is None else read_window_prompts(windows),
         source=source,
     )
 

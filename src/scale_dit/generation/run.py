@@ -24,12 +24,14 @@ from scale_dit.generation.pairs import PairFolder, PairMaking, PairSettings
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.generation.progress import DECODE_STEPS, GenerationProgress
+from scale_dit.generation.remake import Remake
+from scale_dit.generation.remaking import Remaking
 from scale_dit.generation.setup import Setup
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
-from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 from scale_dit.planning.run import RunPlan
+from scale_dit.regions import share_of_boxes
 from scale_dit.run_folder import RECORD
 from scale_dit.run_record import add_resumption, write_run_record
 
@@ -45,6 +47,7 @@ def generate(
     *,
     loras: Loras | None = None,
     photo: DraftPhoto | None = None,
+    remake: Remake | None = None,
     job: Job | None = None,
     files: Files | None = None,
     backend: str = "auto",
@@ -65,6 +68,7 @@ def generate(
         loras: The base's own LoRA and others; by default none.
         output: Folder of the pictures.
         photo: A picture to use instead of drafts.
+        remake: Windows of a finished picture that are all that is made.
         job: Which stages, of which pictures; by default all.
         files: How pictures and latents are written.
         overwrite: Remove the pictures of an earlier run from it.
@@ -83,8 +87,13 @@ def generate(
     console, job = console or Console(), job or Job()
     sampling.check(base)
     setup = Setup(
-        base, method, sampling, loras or Loras(), photo, backend, *choose_device(device, dtype), memory or Memory()
-    )
+        base, method, sampling, loras or Loras(), photo, backend, *choose_device(device, dtype), memory or Memory(),
+        remake,
+    )  # fmt: skip
+    if remake is not None:
+        remake.check(pictures, Path(output), files or Files(), job, photo)
+        for picture in pictures:
+            remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
     folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
@@ -95,8 +104,8 @@ def generate(
         console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")
     pending = _with_work(pending, folder, sampling.steps_of(base), job.stage, console)
     if pending:
-        plan = setup.plan(pending) if job.stage != "decode" else None
-        if plan is not None and job.stage != "draft":
+        plan = setup.plan(pending, job.stage == "draft") if job.stage != "decode" else None
+        if plan is not None:
             plan.show(console)
         _make_all(setup, plan, pending, folder, job, console)
         if plan is not None:
@@ -133,21 +142,26 @@ def _make_all(
         SystemExit: Ctrl-C.
     """
     pipeline = setup.load_decoder() if plan is None else setup.load(plan, folder.texts)
-    work = [_work(pipeline, picture, setup.sampling, job.stage) for picture in pictures]
+    work = [_work(setup, picture, job.stage) for picture in pictures]
     interrupted = False
     try:
         with interrupted_by_termination(), GenerationProgress(work, console) as progress:
             workshop = Workshop(pipeline, setup.sampling, folder, progress.step, setup.photo)
             with Claims(folder.path) as claims:
                 for picture in pictures:
-                    making = PairMaking if isinstance(folder, PairFolder) else Making
-                    _make(making(workshop, picture), job.stage, claims, progress, plan)
+                    _make(_making(workshop, setup, picture), job.stage, claims, progress, plan)
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:
         console.print("Interrupted; every step is saved. Go on with:", markup=False)
         console.print(f"  {folder.resume_command()}", markup=False, soft_wrap=True)
         sys.exit(INTERRUPTED_STATUS)
+
+
+def _making(workshop: Workshop, setup: Setup, picture: Picture) -> Making:
+    if setup.remake is not None:
+        return Remaking(workshop, picture, setup.remake)
+    return (PairMaking if isinstance(workshop.folder, PairFolder) else Making)(workshop, picture)
 
 
 def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgress, plan: RunPlan | None) -> None:
@@ -169,7 +183,7 @@ def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgre
         making.refine_and_decode()
     claims.release(picture.index)
     making.pipeline.maybe_free_model_hooks()
-    if plan is not None and making.whole:
+    if plan is not None and making.is_whole(stage):
         plan.note(picture, making.cost.seconds, making.cost.peak_bytes)
     progress.end()
 
@@ -200,14 +214,17 @@ def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
         write_run_record(folder.path, config, seed)
 
 
-def _work(pipeline: ScaleDiTPipeline, picture: Picture, sampling: Sampling, stage: str) -> Mapping[str, float]:
+def _work(setup: Setup, picture: Picture, stage: str) -> Mapping[str, float]:
     """Tokens times steps of each stage of one picture."""
-    recipe = sampling.recipe(pipeline.settings, pipeline.method, picture.height, picture.width)
+    recipe = setup.recipe(picture)
     layout, draft = recipe.plan.layout, recipe.draft_plan.layout
     refine_step, draft_step = layout.text + layout.image.tokens, draft.text + draft.image.tokens
     if stage == "draft":
         return {"draft": recipe.draft_steps * draft_step, "decode": DECODE_STEPS * draft_step}
     if stage == "decode":
         return {"decode": DECODE_STEPS * refine_step}
+    if setup.remake is not None:
+        share = share_of_boxes(setup.remake.chosen(layout, setup.base.token_size), layout)
+        return {"refine": share * recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}
     drafting = {"draft": float(recipe.draft_steps * draft_step)} if recipe.needs_draft else {}
     return {**drafting, "refine": recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from scale_dit.autoencoder import Decoding
-from scale_dit.data.cache_store import weights_fingerprint
+from scale_dit.data.cache_store import file_fingerprint, weights_fingerprint
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling
+from scale_dit.generation.remake import Remake
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.single_file import check_transformer_file
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 from scale_dit.planning.run import RunPlan
+from scale_dit.recipe import Recipe
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
@@ -36,27 +39,52 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     memory: Memory
+    remake: Remake | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory.decode != "auto":
+            _ = self.decoding  # says what cannot be
+
+    @property
+    def decoding(self) -> Decoding:
+        """How pictures are decoded."""
+        tile = self.sampling.decode_tile
+        return Decoding(self.memory.decode, tile, tile // 4, self.sampling.wrap)
+
+    def recipe(self, picture: Picture) -> Recipe:
+        """How a picture is made."""
+        return self.sampling.recipe(self.base, self.method, picture.height, picture.width)
 
     def settings(self) -> dict[str, Any]:
         """All that decides what pictures look like, as plain values.
 
         Raises:
-            UserError: A LoRA cannot be read, or is another base's.
+            UserError: A LoRA or the transformer's file cannot be read, or a LoRA is another base's.
         """
+        check_transformer_file(self.base.transformer_file)
         found: dict[str, Any] = {name: asdict(getattr(self, name)) for name in ("base", "method", "sampling")}
         weights = weights_fingerprint(self.base.path, WEIGHTS) if Path(self.base.path).is_dir() else None
         found |= {"dtype": str(self.dtype), "weights": weights, **self.loras.settings(self.base)}
-        return found if self.photo is None else found | {"draft": self.photo.digest}
+        if self.base.transformer_file is not None:
+            found["transformer_file"] = file_fingerprint(self.base.transformer_file)
+        if self.memory.weights != "native":
+            found["stored_weights"] = self.memory.weights
+        if self.photo is not None:
+            found["draft"] = self.photo.digest
+        if self.remake is not None:
+            found["remake"] = self.remake.settings(found)
+        return found
 
-    def plan(self, pictures: Sequence[Picture]) -> RunPlan:
-        """How the pictures are made, and what that takes.
+    def plan(self, pictures: Sequence[Picture], drafts_only: bool = False) -> RunPlan:
+        """How the pictures are made, or their drafts alone, and what that takes.
 
         Raises:
             UserError: The largest does not fit.
         """
         return RunPlan(
-            pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype
-        )
+            pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype,
+            self.remake, drafts_only,
+        )  # fmt: skip
 
     def load(self, plan: RunPlan, texts: Sequence[str] = ()) -> ScaleDiTPipeline:
         """The pipeline, brought to the device as planned; `texts` are encoded beside those of the pictures."""
@@ -72,12 +100,9 @@ class Setup:
         base = replace(self.base, transformer_file=None)
         pipeline = ScaleDiTPipeline.from_pretrained(base.path, settings=base, dtype=self.dtype, **absent)
         self._configure(pipeline)
-        pipeline.decoding = replace(pipeline.decoding, mode=self.memory.decode)
         pipeline.to(self.device)
         return pipeline
 
     def _configure(self, pipeline: ScaleDiTPipeline) -> None:
         pipeline.configure(self.base, self.backend)
-        pipeline.method = self.method
-        tile = self.sampling.decode_tile
-        pipeline.decoding = Decoding(tile=tile, overlap=tile // 4)
+        pipeline.method, pipeline.decoding = self.method, self.decoding

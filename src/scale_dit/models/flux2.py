@@ -99,7 +99,7 @@ class Flux2Klein(Driver):
             (_, key, value), _ = project_parallel(block.attn, normed, rotary, self.fuses(), None)
         else:
             _, key, value = project(block.attn, normed, rotary, self.fuses())
-        return key, value
+        return key.contiguous(), value.contiguous()
 
     def last_layer(self, image: Tensor, modulation: Modulation) -> Tensor:
         """The stock output layers."""

@@ -59,13 +59,15 @@ def project_parallel(
     """
     widths = [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor]
 
-    def widen(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def widen(hidden: Tensor, *rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         projected, inner = attn.to_qkv_mlp_proj(hidden).split(widths, dim=-1)
-        return projected, attn.mlp_act_fn(inner)
+        inner = attn.mlp_act_fn(inner)
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in projected.chunk(3, dim=-1))
+        turns = rotary[0][0], rotary[1][0]
+        query, key = (
+            norm_and_rotate(part, norm, turns, fused) for part, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )
+        return query, key, value, inner
 
-    projected, inner = in_parts(widen, tokens, hidden)
-    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in projected.chunk(3, dim=-1))
-    query, key = (
-        norm_and_rotate(part, norm, rotary, fused) for part, norm in ((query, attn.norm_q), (key, attn.norm_k))
-    )
+    query, key, value, inner = in_parts(widen, tokens, hidden, *(each[None] for each in rotary))
     return (query, key, value), inner

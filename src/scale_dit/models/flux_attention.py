@@ -39,9 +39,9 @@ class BlockAttention:
     feed_forward_tokens: int | None = None
 
     def record(self, image: QueryKeyValue) -> None:
-        """Keep the image's keys and values, if they are asked for."""
+        """Keep the image's keys and values, if they are asked for, and nothing that they are a part of."""
         if self.recorded == []:
-            self.recorded.append((image[1], image[2]))
+            self.recorded.append((image[1].contiguous(), image[2].contiguous()))
 
 
 class LayoutAttnProcessor:

@@ -109,6 +109,12 @@ def random_components(
     return components
 
 
+def fitted(shape: Shape) -> Shape:
+    """The shape in which a vocabulary that is open is that of the tiny tokenizers."""
+    tokenizers = small_tokenizers({part.kind for part in shape.values()})
+    return {name: _fit(part, tokenizers) for name, part in shape.items()}
+
+
 def _fit(part: Part, tokenizers: Mapping[str, Any]) -> Part:
     """A text encoder that knows the ends that its tokenizer gives, and, where its shape is open, its vocabulary."""
     if part.kind not in VOCABULARIES:

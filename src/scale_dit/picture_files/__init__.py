@@ -3,7 +3,7 @@
 from scale_dit.picture_files.bands import NotFiniteError, quantise, to_float, to_uint8
 from scale_dit.picture_files.formats import FORMATS, PictureFormat, picture_format
 from scale_dit.picture_files.provenance import fingerprint, read_provenance, save_picture, write_picture
-from scale_dit.picture_files.reading import load_picture, opened
+from scale_dit.picture_files.reading import load_picture, opened, picture_bits
 
 __all__ = [
     "FORMATS",
@@ -12,6 +12,7 @@ __all__ = [
     "fingerprint",
     "load_picture",
     "opened",
+    "picture_bits",
     "picture_format",
     "quantise",
     "read_provenance",

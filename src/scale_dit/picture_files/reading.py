@@ -7,9 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
+
+BIT_DEPTH_OF_PNG = 24
+"""Its byte in the file: behind the signature, the first chunk's head, and two sides."""
 
 
 @contextmanager
@@ -28,6 +32,22 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield picture
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def picture_bits(path: Path) -> int:
+    """Bits a value of a picture file: Pillow reads colours of 16 bits as 8 and says nothing of it.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with opened(path) as picture:
+        if picture.format == "PNG":
+            with path.open("rb") as file:
+                return file.read(BIT_DEPTH_OF_PNG + 1)[BIT_DEPTH_OF_PNG]
+        if picture.format == "TIFF":
+            with tifffile.TiffFile(path) as file:
+                return int(file.pages.first.bitspersample)
+    return 8
 
 
 def load_picture(path: Path) -> Tensor:

@@ -15,10 +15,12 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from scale_dit.attention import attend_joined
+from scale_dit.autoencoder.attention import attend_all
 from scale_dit.device import choose_device
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name
+from scale_dit.planning.practice import in_practice
 from scale_dit.provenance import versions_line
 
 BATCHES = 3
@@ -28,7 +30,12 @@ SMALL_OPERATIONS = 200
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure a device: seconds on a GPU, about ten on a processor, whose sizes are smaller."""
+    """Measure a device: half a minute on a GPU, as on a processor, whose sizes are smaller."""
+    return in_practice(rates(device, dtype), device, dtype)
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> Machine:
+    """How fast single operations are."""
     large = device.type == "cuda"
 
     def random(*shape: int) -> torch.Tensor:
@@ -50,6 +57,9 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     query, key, value = (random(1, heads, rows, size) for _ in range(3))
     attention = rate(4 * heads * size * rows**2, lambda: scaled_dot_product_attention(query, key, value))
     windowed = _windowed_rate(rate, random, heads, size) if large else attention
+    rows, keys, width = (16384, 2**18, 512) if large else (256, 4096, 512)
+    query, key, value = (random(1, 1, count, width) for count in (rows, keys, keys))
+    wide = rate(4 * rows * keys * width, lambda: attend_all(query, key, value))
 
     numbers = random(2**28 if large else 2**20)
     bandwidth = rate(2 * numbers.nbytes, lambda: numbers * 2)
@@ -57,7 +67,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     launch = _seconds(lambda: [few * 2 for _ in range(SMALL_OPERATIONS)], device) / SMALL_OPERATIONS
     return Machine(
         device_name(device), str(dtype), matmul, convolution, attention, windowed, bandwidth, launch,
-        _host_copy_rate(device, rate), versions_line(),
+        _host_copy_rate(device, rate), versions_line(), wide=wide,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,10 @@ class Machine:
         launch: Seconds that an operation takes at least.
         host_copy: Bytes/s from pinned host memory to the device.
         versions: What it was measured with.
+        text_launch: Seconds that an operation of a text encoder takes at least, see `planning.practice`.
+        wide: FLOP/s of the autoencoder's attention, whose head is wider than torch's kernels take; 0: not measured, as
+            fast as the others.
+        practice: How much longer each other stage takes than its operations by themselves, see there.
     """
 
     name: str
@@ -44,14 +48,24 @@ class Machine:
     launch: float
     host_copy: float
     versions: str
+    text_launch: float = 0.0
+    wide: float = 0.0
+    practice: dict[str, float] = field(default_factory=dict)
 
-    def seconds(self, work: Trace) -> float:
-        """Seconds that traced work takes: every operation is bound by arithmetic, by memory or by its launch."""
-        return sum(count * self._seconds(operation) for operation, count in work.operations.items())
+    def seconds(self, work: Trace, launch: float = 0.0) -> float:
+        """Seconds that traced work takes: every operation is bound by arithmetic, by memory or by its launch.
 
-    def _seconds(self, operation: Operation) -> float:
-        arithmetic = operation.flops / getattr(self, operation.kind) if operation.flops else 0.0
-        return max(arithmetic, operation.bytes / self.bandwidth, self.launch)
+        What a stage takes beyond that is in `practice`.
+
+        Args:
+            launch: Seconds that an operation takes at least, if those are more than the machine's own.
+        """
+        launch = max(launch, self.launch)
+        return sum(count * self._seconds(operation, launch) for operation, count in work.operations.items())
+
+    def _seconds(self, operation: Operation, launch: float) -> float:
+        arithmetic = operation.flops / (getattr(self, operation.kind) or self.attention) if operation.flops else 0.0
+        return max(arithmetic, operation.bytes / self.bandwidth, launch)
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON."""

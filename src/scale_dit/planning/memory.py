@@ -18,7 +18,8 @@ KEYS_VALUES = ("device", "host")
 DECODES = ("whole", "streamed", "host", "tiled")
 WEIGHTS = ("native", "fp8")
 PART = 8192
-"""Tokens in one part of a feed-forward layer: as fast as the whole, and its hidden layer is 0.2 GB on FLUX.1."""
+"""Tokens in one part of a feed-forward layer: as fast as the whole, and its hidden layer is 0.2 GB on FLUX.1, where it
+would be 1.6 at 4096 px."""
 ON_DEVICE_AT_ONCE = 2
 """Blocks of a group-offloaded transformer on the card: the one that runs, and the next one on its way."""
 WORKSPACE = 96 * 2**20
@@ -66,8 +67,11 @@ class Memory:
         if self.limit_gb is not None and not self.limit_gb > 0:
             raise UserError(f"memory.limit_gb is {self.limit_gb}, but it must be positive; null is what is free")
 
-    def ways(self, on_gpu: bool) -> Iterator[Memory]:
+    def ways(self, on_gpu: bool, joined: bool = False) -> Iterator[Memory]:
         """All ways that these settings leave open, the fastest first; without a GPU there is nothing to offload from.
+
+        Args:
+            joined: Pictures join themselves at their edges, which the stock decoder cannot do.
 
         Raises:
             UserError: Offloading is asked for that needs a GPU.
@@ -75,15 +79,14 @@ class Memory:
         if self.offload == "model" and not on_gpu:
             raise UserError("memory.offload=model moves parts between a GPU and the host: use none or text on a CPU")
         ladder: tuple[tuple[str, int, str], ...] = (
-            ("none", 0, "device"),
-            ("text", 0, "device"),
+            ("none", PART, "device"),
             ("text", PART, "device"),
             ("text", PART, "host"),
             ("model", PART, "host"),
             ("group", PART, "host"),
         )
         # Untiled is slower on a GPU; on a CPU, where planes are kept is all the same.
-        decodes = ("streamed", "host") if on_gpu else ("whole", "streamed")
+        decodes = ("streamed", "host") if on_gpu or joined else ("whole", "streamed")
         steps = ladder if on_gpu else (("none", 0, "device"), ("text", PART, "device"))
         found = []
         for (offload, tokens, place), decode in product(steps, decodes):
@@ -180,10 +183,12 @@ def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str
     resident = weights.resident(memory.offload)
     kept = work.guidance.kept if work.guidance is not None else 0
     on_device = kept if memory.keys_values == "device" else ON_DEVICE_AT_ONCE * kept // blocks
-    refine = max(on_device + work.refine.peak, work.guidance.peak if work.guidance is not None else 0)
-    working = {"text": work.text.peak, "refine": refine, "decode": work.decode_peaks[memory.decode]}
+    working = {"text": work.text.peak, "decode": work.decode_peaks[memory.decode]}
     if work.draft is not None:
         working["draft"] = work.draft.peak
+    if work.refine is not None:
+        passed = work.guidance.peak if work.guidance is not None else 0
+        working["refine"] = max(on_device + work.refine.peak, passed)
     return {
         stage: resident[stage] + working[stage] + WORKSPACE
         for stage in ("text", "draft", "refine", "decode")

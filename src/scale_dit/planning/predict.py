@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from scale_dit.errors import UserError
@@ -27,6 +27,7 @@ class Prediction:
 
     Attributes:
         seconds, peak_bytes: By stage; stages that do not run are left out.
+        guidance_seconds: Of the refinement's guidance passes.
     """
 
     height: int
@@ -34,6 +35,19 @@ class Prediction:
     memory: Memory
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
+    guidance_seconds: float = 0.0
+
+    def in_boxes(self, share: float, drafts: bool) -> Prediction:
+        """Where the base computes boxes that add up to a share of the picture at each step, above 1 beside the whole.
+
+        Peaks are those of the whole, which are not exceeded.
+
+        Args:
+            drafts: Whether a draft is made.
+        """
+        refine = share * (self.seconds["refine"] - self.guidance_seconds) + self.guidance_seconds
+        seconds = self.seconds | {"refine": refine}
+        return replace(self, seconds=seconds if drafts else seconds | {"draft": 0.0})
 
     @property
     def peak(self) -> int:
@@ -62,7 +76,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.weights = Weights.of(self.components, self.settings.weights)
-        self.ways = list(self.settings.ways(self.on_gpu))
+        self.ways = list(self.settings.ways(self.on_gpu, self.tracer.sampling.wrap != "none"))
         self.predict = lru_cache(maxsize=None)(self._predict)
 
     def _predict(self, height: int, width: int, way: Memory) -> Prediction:
@@ -71,23 +85,29 @@ class Planner:
         blocks = len(blocks_of(self.components.transformer))
         peak_bytes = peaks(work, self.weights, way, blocks)
         seconds = self._seconds(work, way)
-        return Prediction(height, width, way, {name: seconds[name] for name in peak_bytes}, peak_bytes)
+        guidance = self.machine.practice.get("refine", 1.0) * self._guidance(work, way)
+        return Prediction(height, width, way, {name: seconds[name] for name in peak_bytes}, peak_bytes, guidance)
 
     def _seconds(self, work: Work, way: Memory) -> dict[str, float]:
-        spent = self.machine.seconds
+        spent, practice = self.machine.seconds, self.machine.practice
         copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
         draft_steps = work.draft_steps if work.draft is not None else 0
         draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
-        refine = self._passes(spent(work.refine), work.refine_steps, way)
-        refine += self._passes(spent(work.guidance), 1, way) if work.guidance is not None else 0.0
-        return {
-            "text": spent(work.text) + copied["text"],
-            "draft": draft + copied["draft"],
-            "refine": refine,
-            "decode": spent(work.decode[way.decode])
-            + copied["decode"]
-            + self._planes(work, way) / self.machine.host_copy,
-        }
+        refine = self._passes(spent(work.refine), work.refine_steps, way) if work.refine is not None else 0.0
+        refine += self._guidance(work, way)
+        text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
+        computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
+        found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
+        # Planes come and go while others are computed.
+        found["decode"] = max(found["decode"], self._planes(work, way) / self.machine.host_copy)
+        return {stage: seconds + copied[stage] for stage, seconds in found.items()}
+
+    def _guidance(self, work: Work, way: Memory) -> float:
+        """Seconds of the guidance passes of a picture: one, or one a step where edges join."""
+        if work.guidance is None:
+            return 0.0
+        passes = 1 if self.tracer.sampling.wrap == "none" else work.refine_steps
+        return self._passes(self.machine.seconds(work.guidance), passes, way)
 
     def _passes(self, seconds: float, count: int, way: Memory) -> float:
         """Seconds of `count` steps; weights that are not on the card come while others compute, or it waits."""
@@ -153,7 +173,7 @@ class Planner:
             for stage, low in lows.items()
             if highs[stage] > low
         ]
-        side = math.sqrt(max(0.0, min(1.0, *shares)))
+        side = math.sqrt(max(0.0, min([1.0, *shares])))
         while side * min(height, width) > smallest:
             size = self._sized(height, width, side)
             if self.predict(*size, way).peak <= limit:

@@ -16,12 +16,14 @@ from scale_dit.planning.calibrate import measure
 from scale_dit.planning.components import Components
 from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name, find_machine, free_bytes
 from scale_dit.planning.memory import Memory
-from scale_dit.planning.predict import Planner
+from scale_dit.planning.predict import Planner, Prediction
 from scale_dit.planning.report import Actual, before
 from scale_dit.planning.work import Tracer
+from scale_dit.regions import share_of_boxes, whole_windows
 
 if TYPE_CHECKING:
     from scale_dit.generation.pictures import Picture, Sampling
+    from scale_dit.generation.remake import Remake
 
 MARGIN = 0.95
 """Share of the free memory that a plan may use: allocators lose some between tensors."""
@@ -36,6 +38,8 @@ class RunPlan:
         memory: What the user set.
         backend: Attention backend.
         device, dtype: Where, and in which precision.
+        remake: Windows of a finished picture that are all that is made.
+        drafts_only: Whether drafts are all that is made.
 
     Raises:
         UserError: The largest picture does not fit in any way that is left open; with the largest size that does.
@@ -51,10 +55,13 @@ class RunPlan:
         backend: str,
         device: torch.device,
         dtype: torch.dtype,
+        remake: Remake | None = None,
+        drafts_only: bool = False,
     ):
         self.pictures, self.base, self.sampling, self.device = pictures, base, sampling, device
+        self.method, self.remake = method, remake
         components = Components.of(base, dtype)
-        tracer = Tracer(base, method, sampling, components, backend, device)
+        tracer = Tracer(base, method, sampling, components, backend, device, drafts_only)
         self.machine = machine_of(device, dtype)
         self.planner = Planner(tracer, components, self.machine, memory, device.type == "cuda")
         self.limit = int(MARGIN * free_bytes(device)) if memory.limit_gb is None else int(memory.limit_gb * 1e9)
@@ -64,22 +71,36 @@ class RunPlan:
     def show(self, console: Console) -> None:
         """Print what the largest picture will take."""
         largest = max(self.pictures, key=lambda each: each.height * each.width)
-        found = self.planner.predict(largest.height, largest.width, self.memory)
-        console.print(before(found, len(self.pictures), self.limit, self.machine.name))
+        console.print(before(self._predicted(largest), len(self.pictures), self.limit, self.machine.name))
 
     def prepare(self, pipeline: ScaleDiTPipeline, texts: Sequence[str] = ()) -> None:
         """Bring a pipeline that is in host memory to the device as planned; `texts` are encoded beside the prompts."""
         prompts = {text for each in self.pictures for text in (each.prompt, each.negative_prompt)}
+        prompts |= {window.prompt for each in self.pictures for window in each.window_prompts}
         apply_memory(pipeline, self.memory, self.device, [(text,) for text in sorted(prompts | set(texts))])
 
     def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
         """Note what a picture took, by stage."""
-        self.actual.add(self.planner.predict(picture.height, picture.width, self.memory), seconds, peak_bytes)
+        self.actual.add(self._predicted(picture), seconds, peak_bytes)
 
     def show_actual(self, console: Console) -> None:
         """Print what the pictures took beside what was predicted."""
         if self.actual.pictures:
             console.print(self.actual.table())
+
+    def _predicted(self, picture: Picture) -> Prediction:
+        """What a picture takes, windows with prompts of their own included."""
+        found = self.planner.predict(picture.height, picture.width, self.memory)
+        if "refine" not in found.seconds or (self.remake is None and not picture.window_prompts):
+            return found
+        layout = self.sampling.recipe(self.base, self.method, picture.height, picture.width).plan.layout
+        token = self.base.token_size
+        chosen = None if self.remake is None else self.remake.chosen(layout, token)
+        share = 1.0 if chosen is None else share_of_boxes(chosen, layout)
+        for each in picture.window_prompts:
+            windows = whole_windows(each.tokens(layout.image, token), layout)
+            share += share_of_boxes(windows if chosen is None else windows & chosen, layout)
+        return found.in_boxes(share, drafts=self.remake is None)
 
 
 def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:

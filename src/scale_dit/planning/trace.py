@@ -27,13 +27,17 @@ from scale_dit.layout import Layout
 MATMUL = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 CONVOLUTION = {"aten::convolution"}
 WINDOWED = "scale_dit::windowed_attention"
+WIDE = "scale_dit::attend_wide"
+WIDEST = 256
+"""Widest heads of torch's fused attention; there is other code for wider ones, at a rate of its own."""
 
 
 class Operation(NamedTuple):
     """One kernel: what bounds it, its arithmetic, and the bytes that it reads and writes."""
 
     kind: str
-    """`matmul`, `convolution`, `attention` (torch's), `windowed` (the project's kernel) or `elementwise`."""
+    """`matmul`, `convolution`, `attention` (torch's), `windowed` (the project's kernel), `wide` (heads wider than
+    `WIDEST`, such as an autoencoder's) or `elementwise`."""
     flops: float
     bytes: float
 
@@ -113,7 +117,8 @@ class _Attention(TorchFunctionMode):
         output = _AttentionShapes.apply(query, key, value)
         flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         moved = sum(map(_bytes, (query, key, value, output)))
-        self.found.operations[Operation("attention", flops, moved)] += 1
+        kind = "attention" if query.shape[-1] <= WIDEST else "wide"
+        self.found.operations[Operation(kind, flops, moved)] += 1
         return output
 
 
@@ -214,6 +219,9 @@ def _arithmetic(name: str, args: Any, outputs: list[Tensor]) -> tuple[float, str
     if name == WINDOWED:
         image_query, layout = args[3], Layout.from_json(args[8])
         return len(image_query) * layout.flops(*image_query.shape[2:]), "windowed"
+    if name == WIDE:
+        query, key = args[:2]
+        return 4 * query.numel() * key.shape[-2], "wide"
     return 0, "elementwise"
 
 

@@ -35,9 +35,9 @@ class Work:
 
     Attributes:
         text: Encoding the prompt, and the negative one if a stage evaluates it.
-        draft, refine: One step, all branches.
+        draft, refine: One step, all branches; `None`: there are none.
         guidance: The guidance pass.
-        decode: Decoding, in every mode, see `scale_dit.autoencoder.Decoding`.
+        decode: Decoding in every mode, see `scale_dit.autoencoder.Decoding`: the picture, or the draft if that is all.
         decode_peaks: Bytes that it takes in every mode.
         draft_steps, refine_steps: How often.
     """
@@ -46,7 +46,7 @@ class Work:
     draft: Trace | None
     draft_steps: int
     guidance: Trace | None
-    refine: Trace
+    refine: Trace | None
     refine_steps: int
     decode: dict[str, Trace]
     decode_peaks: dict[str, int]
@@ -60,6 +60,7 @@ class Tracer:
         components: The base's parts on `meta`.
         backend: Attention backend, `auto` included.
         device: Where pictures are made.
+        drafts_only: Whether drafts are all that is made.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Tracer:
         components: Components,
         backend: str,
         device: torch.device,
+        drafts_only: bool = False,
     ):
+        self.drafts_only = drafts_only
         self.base, self.method, self.sampling, self.components = base, method, sampling, components
         self.backend, self.device = backend, device
         self.driver: Any = components.driver(base, "auto")
@@ -84,19 +87,21 @@ class Tracer:
         scale = sampling.scale_for(base, height, width)
         plan = replace(self.method, scale=scale).plan(base, height, width)
         reads_draft = plan.layout.guidance is not None
-        needs_draft = reads_draft or sampling.start < 1 or sampling.low_pass > 0
+        needs_draft = self.drafts_only or reads_draft or sampling.start < 1 or sampling.low_pass > 0
         refine_scale = base.guidance_scale_for(sampling.guidance_scale, reads_draft)
         draft_scale = base.guidance_scale_for(sampling.draft_guidance_scale, False)
-        guidance, keys_values = self._guidance(plan, refine_scale) if reads_draft else (None, None)
-        below = draft_plan(base, height, width, scale)
+        refines, below = not self.drafts_only, draft_plan(base, height, width, scale)
+        guidance, keys_values = self._guidance(plan, refine_scale) if reads_draft and refines else (None, None)
         has_negative = base.has_negative_branch(refine_scale, draft_scale)
-        decode, decode_peaks = self._decode(height, width)
+        grid = below.layout.image
+        sides = (height, width) if refines else (grid.height * base.token_size, grid.width * base.token_size)
+        decode, decode_peaks = self._decode(*sides)
         return Work(
             self._text(2 if has_negative else 1),
             self._step(below, draft_scale, None) if needs_draft else None,
             base.steps if sampling.draft_steps is None else sampling.draft_steps,
             guidance,
-            self._step(plan, refine_scale, keys_values),
+            self._step(plan, refine_scale, keys_values) if refines else None,
             base.steps if sampling.steps is None else sampling.steps,
             decode,
             decode_peaks,
@@ -141,7 +146,7 @@ class Tracer:
         vae: Any = self.components.modules["vae"]
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (1, vae.config.latent_channels, height // factor, width // factor)
-        at_once = Streaming(META, META, band_elements=2**60, score_bytes=2**60)
+        at_once = Streaming(META, META, band_elements=2**60, way="fused")
 
         def latents() -> Tensor:
             return torch.empty(shape, dtype=vae.dtype, device=META)
@@ -149,7 +154,10 @@ class Tracer:
         whole = self._once(("decode", *shape), lambda: vae.decode(latents()).sample)
         streamed = self._once(("streamed", *shape), lambda: list(streamed_decode(vae, latents(), at_once)))
         tile = self.sampling.decode_tile
-        others = {mode: decode_bytes(vae, height, width, mode, tile) for mode in ("streamed", "host", "tiled")}
+        others = {
+            mode: decode_bytes(vae, height, width, mode, tile, device=self.device)
+            for mode in ("streamed", "host", "tiled")
+        }
         return {"whole": whole} | dict.fromkeys(others, streamed), {"whole": whole.peak, **others}
 
     def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
