@@ -104,7 +104,7 @@ def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp
     picture = tmp_path / "out" / "00000_seed0.png"
     provenance = read_provenance(picture)
     assert provenance is not None
-    assert provenance["config"]["negative_prompt"] == ""
+    assert provenance["negative_prompt"] == ""
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert len(record["resumed"]) == 1
     whole = generate(

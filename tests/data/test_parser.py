@@ -38,7 +38,7 @@ def test_clean_renders(side, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "count"), [(256, 200), (1024, 100)])
+@pytest.mark.parametrize(("side", "count"), [(256, 200), (1024, 50)])
 def test_hundreds_of_clean_renders(side, count):
     result = accuracies(whole_scenes(count), side)
     assert result["count_accuracy"] >= 0.99

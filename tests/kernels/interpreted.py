@@ -21,8 +21,8 @@ torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN: what a k
 torch.use_deterministic_algorithms(True)
 
 SCALE = 0.2
-LONGEST = {"ragged": (128, 3)}
-"""Longest list of tiles that one program walks: whole lists, and split ones; elsewhere split ones alone."""
+LONGEST = {"square": 128}
+"""Longest list of tiles that one program walks: whole lists, and elsewhere split ones."""
 ROUNDING = 5e-5
 """Of logits up to 250 in float32, whose last digit is worth 1.5e-5; how exp2 rounds differs between processors."""
 

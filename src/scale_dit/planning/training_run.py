@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
 from scale_dit.callbacks.ema import TrainableEMA
@@ -56,7 +57,8 @@ class TrainingMemory(lightning.Callback):
             any(isinstance(callback, TrainableEMA) for callback in self.trainer.callbacks),
         )  # fmt: skip
         self.limit = int(MARGIN * free_bytes(device))
-        self.plan.check(self.limit)
+        with isolate_rng():  # a run draws the same numbers whether it is planned or not
+            self.plan.check(self.limit)
         self._show(None)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
