@@ -116,6 +116,11 @@ def test_latents_are_of_the_file_as_it_is_and_of_the_same_base(make):
     assert FinishedPicture(made).latents(settings) is not None
     assert FinishedPicture(made).draft(settings) is not None
     assert FinishedPicture(made).latents(settings | {"weights": "of another base"}) is None
+    copy = made.with_name("mine.png")
+    copy.write_bytes(made.read_bytes())
+    assert FinishedPicture(copy).latents(settings) is not None, "under whatever name"
+    save_picture(1 - load_picture(made) / 255, copy, read_provenance(made))
+    assert FinishedPicture(copy).latents(settings) is None
     save_picture(1 - load_picture(made) / 255, made, read_provenance(made))
     assert FinishedPicture(made).latents(settings) is None
     assert FinishedPicture(made).draft(settings) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from scale_dit.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class CachedPairs(lightning.LightningDataModule):
+class CachedPairs(lightning.LightningDataModule, ABC):
     """Pictures and their drafts from a latent cache on disk, for `ScaleDiTModule`.
 
     A batch is of one size and holds `latents` `[B, C, h, w]`, `guidance_latents` `[B, C, h/s, w/s]`, `text` (`tokens`,
@@ -52,9 +53,9 @@ class CachedPairs(lightning.LightningDataModule):
         return self.latents.sizes
 
     @property
+    @abstractmethod
     def content(self) -> str:
         """Names what is trained on, so that a resumed run sees whether it still is the same."""
-        raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches of this rank."""

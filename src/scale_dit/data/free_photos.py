@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_dit.errors import UserError
-from scale_dit.files import write_atomically
+from scale_dit.files import sha256_of, write_atomically
 
 MANIFEST = Path(__file__).with_suffix(".json")
 
@@ -116,7 +116,7 @@ class _UnavailableError(Exception):
 
 def _is_there(output: Path, photo: FreePhoto) -> bool:
     path = output / photo.split / photo.file_name
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == photo.sha256
+    return path.is_file() and sha256_of(path) == photo.sha256
 
 
 def _require_tools(with_apt: bool) -> None:

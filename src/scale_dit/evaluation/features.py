@@ -6,7 +6,6 @@ network's name. `features` gives what distances compare, `logits` what the Incep
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from scale_dit.files import sha256_of
 from scale_dit.picture_files import to_uint8
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -69,12 +69,6 @@ def find_weights(file_name: str, place: str | None) -> Path | None:
     if place is not None:
         candidates = [Path(place).expanduser(), Path(place).expanduser() / file_name, *candidates]
     return next((path for path in candidates if path.is_file()), None)
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class InceptionV3:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from scale_dit.errors import UserError
-from scale_dit.files import write_atomically
+from scale_dit.files import sha256_of, write_atomically
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.numbers import check_number
 from scale_dit.generation.pictures import Picture
@@ -122,19 +121,15 @@ class OutputFolder:
     def tie_latents(self, picture: Picture) -> None:
         """Note which file a picture's latents, which stay, lead to."""
         with writing(self):
-            write_atomically(self._tie(picture), json.dumps({"sha256": self._file_digest(picture)}))
+            write_atomically(self._tie(picture), sha256_of(self.file(picture)) + "\n")
 
-    def is_unchanged(self, picture: Picture) -> bool:
-        """Whether the picture's file is the one that its latents led to."""
+    def led_to(self, picture: Picture, file: Path) -> bool:
+        """Whether a file is the one that a picture's latents led to: it may have been painted over since."""
         tie = self._tie(picture)
-        return tie.is_file() and json.loads(tie.read_text()) == {"sha256": self._file_digest(picture)}
+        return tie.is_file() and tie.read_text().strip() == sha256_of(file)
 
     def _tie(self, picture: Picture) -> Path:
-        return self.path / LATENTS / f"{picture.stem}.json"
-
-    def _file_digest(self, picture: Picture) -> str:
-        with self.file(picture).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return self.path / LATENTS / f"{picture.stem}.sha256"
 
     def draft_file(self, picture: Picture) -> Path:
         """Where a preview of its draft goes."""
@@ -252,7 +247,7 @@ class OutputFolder:
     def remove_earlier(self) -> None:
         """What lies in the folder afterwards is one run's; files of other names are left alone."""
         ours = (self.path.glob(PICTURES), *(self.path.glob(f"{folder}/{PICTURES}") for folder in (LATENTS, DRAFTS)))
-        suffixes = {*(kind.suffix for kind in FORMATS.values()), ".json", ".safetensors"}
+        suffixes = {*(kind.suffix for kind in FORMATS.values()), ".json", ".safetensors", ".sha256"}
         found = [file for files in ours for file in files if file.suffix in suffixes]
         for file in (self.path / FINISHED, *found):
             file.unlink(missing_ok=True)

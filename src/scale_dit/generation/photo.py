@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from scale_dit.data.decode import PictureError, open_picture, to_rgb, upright_size
 from scale_dit.errors import UserError
+from scale_dit.files import sha256_of
 from scale_dit.grid import Grid
 from scale_dit.models.settings import BaseSettings
 from scale_dit.recipe import Recipe
@@ -63,7 +63,7 @@ class DraftPhoto:
     @cached_property
     def digest(self) -> str:
         """Of the file's bytes."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        return sha256_of(self.path)[:16]
 
     def fitting_size(self, base: BaseSettings, side: int) -> tuple[int, int]:
         """Height and width in px, of its aspect, of whole tokens, with about as many pixels as a square of `side`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from scale_dit.data.decode import to_rgb
 from scale_dit.errors import UserError
+from scale_dit.files import sha256_of
 from scale_dit.generation.folder import Files, OutputFolder
 from scale_dit.generation.job import Job
 from scale_dit.generation.photo import DraftPhoto
@@ -24,7 +24,7 @@ from scale_dit.generation.prompts import Prompt
 from scale_dit.generation.window_prompts import read_box, read_window_prompts
 from scale_dit.layout import Layout
 from scale_dit.local_control import WindowPrompt
-from scale_dit.picture_files import FORMATS, opened, picture_bits, read_provenance, to_uint8
+from scale_dit.picture_files import opened, picture_bits, read_provenance, to_uint8
 from scale_dit.regions import tokens_of_boxes, tokens_of_mask, whole_windows
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class FinishedPicture:
             settings: Of a run that asks for them: another base's latents mean nothing to it.
         """
         folder, picture = self._folder(settings), self.picture
-        if folder is None or picture is None or not folder.is_unchanged(picture):
+        if folder is None or picture is None:
             return None
         steps = folder.settings["sampling"]["steps"] or folder.settings["base"]["steps"]
         return folder.finished_latents(picture, steps)
@@ -84,27 +84,23 @@ class FinishedPicture:
     def draft(self, settings: Mapping[str, Any]) -> Tensor | None:
         """The draft under it, `[1, C, h, w]`, as `latents`."""
         folder, picture = self._folder(settings), self.picture
-        if folder is None or picture is None or not folder.is_unchanged(picture):
+        if folder is None or picture is None:
             return None
         found = folder.latents.load(f"{picture.stem}.draft", folder.draft_fingerprint(picture))
         return None if found is None else found[0]
 
     def _folder(self, settings: Mapping[str, Any]) -> OutputFolder | None:
-        """Its folder, if the same base made it."""
+        """Its folder, if the same base made it and the file is what its latents led to."""
         if self.picture is None or self.provenance is None:
             return None
         made = self.provenance["settings"]
+        folder = OutputFolder(self.path.parent, made)
 
         def base_of(found: Mapping[str, Any]) -> tuple[Any, ...]:
             return found["base"]["name"], found["weights"] or found["base"]["path"]
 
-        return OutputFolder(self.path.parent, made, Files(self._format)) if base_of(made) == base_of(settings) else None
-
-    @property
-    def _format(self) -> str:
-        return next(
-            (name for name, kind in FORMATS.items() if kind.suffix == self.path.suffix and kind.bits == 8), "png"
-        )
+        usable = base_of(made) == base_of(settings) and folder.led_to(self.picture, self.path)
+        return folder if usable else None
 
     @cached_property
     def picture(self) -> Picture | None:
@@ -224,7 +220,7 @@ class Remake:
         Args:
             run: The other settings of the run.
         """
-        mask = None if self.mask is None else hashlib.sha256(self.mask.read_bytes()).hexdigest()[:16]
+        mask = None if self.mask is None else sha256_of(self.mask)[:16]
         boxes = None if self.boxes is None else [list(box) for box in self.boxes]
         kept = {"latents": self.source.latents(run) is not None, "draft": self.source.draft(run) is not None}
         return {"picture": self.source.photo.digest, "boxes": boxes, "mask": mask, "kept": kept}

@@ -1,6 +1,6 @@
 """Bases with random weights in the real format: what they cost, and that they run, does not depend on what they know.
 
-    python -m scale_dit.models.random_weights base=klein_4b size=tiny out=/tmp/klein
+    python -m scale_dit.models.random_weights base=klein_4b size=tiny out=klein
 
 Tiny ones are made in a second, on a CPU. Full ones have the sizes of the public configs, and are for a GPU.
 """
