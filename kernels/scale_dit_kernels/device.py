@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

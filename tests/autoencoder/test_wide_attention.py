@@ -23,6 +23,11 @@ def test_processors_and_float32_take_torchs_own():
 
 
 @pytest.mark.gpu
+def test_a_card_with_triton_takes_the_kernel():
+    assert way_on(torch.device("cuda"), torch.bfloat16) == "weighed"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "torch"])
 def test_ways_equal_float64_on_a_card(way):
     """Several parts of rows, whose number nothing divides."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from importlib.util import find_spec
 
 import torch
-from scale_dit_kernels.device import INTERPRETED, takes_kernels
+from scale_dit_kernels.device import HAS_TRITON, INTERPRETED, takes_kernels
 from scale_dit_kernels.reference import masked_attention, masked_attention_backward
 from scale_dit_kernels.schedule import GUIDANCE, IMAGE, TEXT, Schedule, TileLists, packed
 from torch import Tensor
@@ -24,7 +23,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)
 FAST_DTYPES = (torch.float16, torch.bfloat16)
 FAST_HEAD_SIZES = (32, 64, 128)
-HAS_TRITON = find_spec("triton") is not None
 LONGEST, PARTS = 128, 9
 """Lists of up to LONGEST tiles are one program's. Longer ones, which are those of the text, are split, but into no more
 than PARTS: what each leaves behind takes memory."""

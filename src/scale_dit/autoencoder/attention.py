@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from scale_dit_kernels.device import HAS_TRITON
 from scale_dit_kernels.wide import attend_wide, weigh
 from torch import Tensor
 from torch.nn import functional
@@ -45,12 +46,13 @@ HELD = {"torch": 0.0, "fused": 0.0, "weighed": 1.5, "softmax": 2.5}
 
 
 def way_on(device: torch.device, dtype: torch.dtype) -> str:
-    """The way on a device; torch's fused kernels are several times slower above a width of 256 on GPUs.
+    """The fastest way on a device, by `python src/benchmark.py kernel=wide_attention`.
 
-    The project's kernels, `fused` and `weighed`, are not taken before `python src/benchmark.py kernel=wide_attention`
-    has measured them on a card.
+    On GPUs torch's own attention is several times slower than matrix products above a width of 256.
     """
-    return "torch" if device.type == "cpu" or dtype == torch.float32 else "softmax"
+    if device.type == "cpu" or dtype == torch.float32:
+        return "torch"
+    return "weighed" if device.type == "cuda" and HAS_TRITON else "softmax"
 
 
 def attend_all(
