@@ -54,9 +54,12 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "figures_file", lambda: tmp_path / "figures.csv")
     arguments = ["run.py", "--attention", str(tmp_path / "attention.csv"), "--rotation", str(tmp_path / "rotation.csv")]
+    arguments += ["--wide", str(tmp_path / "wide.csv")]
     monkeypatch.setattr(sys, "argv", arguments)
     rotation = {"px": "4096", "implementation": "fused", "pass": "forward", "p50_ms": "0.1", "gb_per_s": "2000"}
     write(tmp_path / "rotation.csv", [rotation | WHERE])
+    wide = {"px": "8192", "implementation": "weighed", "p50_ms": "300.5", "tflops": "240", "picture_s": "9.6"}
+    write(tmp_path / "wide.csv", [wide | WHERE])
     write(tmp_path / "attention.csv", attention_rows())
     return module
 
@@ -86,6 +89,7 @@ def test_rows_become_figures_quotes_tables_and_plots(study, tmp_path):
     page = (tmp_path / "README.md").read_text()
     assert "| disjoint | forward | triton | 2 (600) | 8 (600) |" in page
     assert "| 4096 | disjoint | raster | 28,672 | 24,576 | 2.0 | 0.070 |" in page
+    assert "| 8192 | weighed | 300.5 | 240 | 9.6 |" in page
     assert "Not measured" not in page
     assert all((tmp_path / name).is_file() for name in ("times.png", "orders.png"))
     study.main()  # once more changes nothing

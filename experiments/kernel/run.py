@@ -131,7 +131,9 @@ def figures(table: Mapping[Key, Row]) -> list[FigureRow]:
     return found
 
 
-def write_tables(table: Mapping[Key, Row], rotations: Sequence[Row], measured: Sequence[FigureRow]) -> None:
+def write_tables(
+    table: Mapping[Key, Row], rotations: Sequence[Row], wide: Sequence[Row], measured: Sequence[FigureRow]
+) -> None:
     """All tables of README.md, and the numbers quoted in them."""
     readme = HERE / "README.md"
     quoted = [
@@ -184,6 +186,10 @@ def write_tables(table: Mapping[Key, Row], rotations: Sequence[Row], measured: S
         for px, kind in dict.fromkeys((row["px"], row["pass"]) for row in rotations)
     ]  # fmt: skip
     fill_table(readme, ["px", "pass", *names], lines, "rotation")
+
+    header = ["px", "", "ms of 32,768 queries", "TFLOP/s", "s a picture"]
+    columns = ("px", "implementation", "p50_ms", "tflops", "picture_s")
+    fill_table(readme, header, [[row[column] for column in columns] for row in wide], "wide")
     update_document(readme, read_figures(figures_file()))
 
 
@@ -264,12 +270,13 @@ def main() -> None:
     tables = sorted(HERE.glob("attention*.csv")) or [HERE / "attention.csv"]
     parser.add_argument("--attention", type=Path, nargs="+", default=tables, help="tables of kernel=attention")
     parser.add_argument("--rotation", type=Path, default=HERE / "norm_rotate.csv", help="table of kernel=norm_rotate")
+    parser.add_argument("--wide", type=Path, default=HERE / "wide_attention.csv", help="table of kernel=wide_attention")
     options = parser.parse_args()
     table = by_key([row for path in options.attention for row in read(path)])
-    rotations = read(options.rotation)
+    rotations, wide = read(options.rotation), read(options.wide)
     measured = figures(table)
     merge_rows(measured, figures_file())
-    write_tables(table, rotations, measured)
+    write_tables(table, rotations, wide, measured)
     plot_times(table)
     if ordered(table):
         plot_orders(table)

@@ -1,7 +1,8 @@
 """Attention with heads wider than fused kernels take: the autoencoder's one head of 512 over all latent pixels.
 
-Two ways to keep the softmax from being most of the time: `weigh`, one kernel between the two matrix products, and
-`attend_wide`, one kernel for all. Both are operators of torch: Triton on a GPU, the formula elsewhere.
+`weigh` stands between the two matrix products, so that the softmax is not most of the time: an operator of torch,
+Triton on a GPU, the formula elsewhere. (One kernel for all took 1.3 to 1.7 times as long on an H100: the output of a
+tile of queries fills so many registers that tiles are too small for the matrix units; see experiments/kernel.)
 """
 
 from __future__ import annotations
@@ -45,35 +46,3 @@ def weigh(scores: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Ten
 @weigh.register_fake
 def _(scores, scale, dtype):
     return torch.empty_like(scores, dtype=dtype), scores.new_empty(len(scores))
-
-
-@torch.library.custom_op("scale_dit::attend_wide", mutates_args=())
-def attend_wide(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale Q K^T) V; logits and sums in float32, weights in the values' dtype.
-
-    Args:
-        query: `[H, Q, D]`; D is a power of 2, and the stride of the last dimension 1.
-        key, value: `[H, N, D]`, N at least 1.
-        scale: factor of the logits, positive.
-
-    Returns:
-        `[H, Q, D]`, contiguous.
-
-    Raises:
-        ValueError: a last dimension that is not contiguous or no power of 2, or no keys.
-    """
-    width = query.shape[-1]
-    if any(part.stride(-1) != 1 for part in (query, key, value)) or width & (width - 1) or not key.shape[1]:
-        raise ValueError(f"heads must be contiguous and a power of 2 wide, over at least one key, not {query.shape}")
-    if takes_kernels(query):
-        from scale_dit_kernels import wide_kernels
-
-        with launching_on(query):
-            return wide_kernels.attend(query, key, value, scale)
-    logits = (query.float() @ key.float().transpose(1, 2)) * scale
-    return (logits.softmax(-1) @ value.float()).to(query.dtype)
-
-
-@attend_wide.register_fake
-def _(query, key, value, scale):
-    return query.new_empty(query.shape)

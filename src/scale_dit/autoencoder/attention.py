@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from scale_dit_kernels.device import HAS_TRITON
-from scale_dit_kernels.wide import attend_wide, weigh
+from scale_dit_kernels.wide import weigh
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,10 +38,9 @@ def _weighed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 ROWS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"softmax": _softmax, "weighed": _weighed}
 """Ways that hold the scores of some rows: attention of queries `[Q, D]` over keys and values `[N, D]`."""
-WAYS = ("torch", "fused", *ROWS)
-"""`torch`'s own attention; one kernel, which writes no scores; matrix products with torch's softmax or the project's
-kernel between them."""
-HELD = {"torch": 0.0, "fused": 0.0, "weighed": 1.5, "softmax": 2.5}
+WAYS = ("torch", *ROWS)
+"""`torch`'s own attention; matrix products with torch's softmax or the project's kernel between them."""
+HELD = {"torch": 0.0, "weighed": 1.5, "softmax": 2.5}
 """Bytes at the peak for each byte of scores in float32."""
 
 
@@ -64,13 +63,10 @@ def attend_all(
         score_bytes: Of scores that are held at a time, where they are held.
         way: One of `WAYS`; by default that of `way_on`.
     """
-    width = query.shape[-1]
     way = way or way_on(query.device, query.dtype)
     if way == "torch":
         with sdpa_kernel(FUSED) if query.device.type == "cuda" else nullcontext():
             return functional.scaled_dot_product_attention(query, key, value)
-    if way == "fused":
-        return attend_wide(query[0], key[0], value[0], width**-0.5)[None]
     rows = max(1, score_bytes // (4 * key.shape[2]))
     heads = [
         torch.cat([ROWS[way](part, *each[1:]) for part in each[0].split(rows)])

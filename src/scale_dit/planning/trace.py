@@ -27,7 +27,6 @@ from scale_dit.layout import Layout
 MATMUL = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 CONVOLUTION = {"aten::convolution"}
 WINDOWED = "scale_dit::windowed_attention"
-WIDE = "scale_dit::attend_wide"
 WIDEST = 256
 """Widest heads of torch's fused attention; there is other code for wider ones, at a rate of its own."""
 
@@ -219,9 +218,6 @@ def _arithmetic(name: str, args: Any, outputs: list[Tensor]) -> tuple[float, str
     if name == WINDOWED:
         image_query, layout = args[3], Layout.from_json(args[8])
         return len(image_query) * layout.flops(*image_query.shape[2:]), "windowed"
-    if name == WIDE:
-        query, key = args[:2]
-        return 4 * query.numel() * key.shape[-2], "wide"
     return 0, "elementwise"
 
 

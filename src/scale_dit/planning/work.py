@@ -146,7 +146,7 @@ class Tracer:
         vae: Any = self.components.modules["vae"]
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (1, vae.config.latent_channels, height // factor, width // factor)
-        at_once = Streaming(META, META, band_elements=2**60, way="fused")
+        at_once = Streaming(META, META, band_elements=2**60, way="torch")
 
         def latents() -> Tensor:
             return torch.empty(shape, dtype=vae.dtype, device=META)
