@@ -61,3 +61,10 @@ def test_a_decoder_may_have_widths_of_its_own(mode):
     vae = full_size("flux2", torch.bfloat16, decoder_block_out_channels=(64, 128, 256, 256))
     predicted = decode_bytes(vae, 1024, 1024, mode, band_elements=BAND)
     assert 0.99 < predicted / held(vae, 1024, 1024, mode, False) < 1.15
+
+
+@pytest.mark.parametrize(("px", "measured"), [(2048, 10.239e9), (4096, 40.813e9)])
+def test_the_untiled_decoder_takes_on_a_gpu_what_was_measured(px, measured):
+    """See experiments/decode/results.csv."""
+    vae = full_size("flux1", torch.bfloat16)
+    assert 1.0 < decode_bytes(vae, px, px, "whole", device=torch.device("cuda")) / measured < 1.05

@@ -20,7 +20,8 @@ from scale_dit.wrapping import check_wrap
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "whole", "streamed", "host", "tiled")
+DECODES = ("whole", "streamed", "host", "tiled")
+MODES = ("auto", *DECODES)
 BytesNeeded = Callable[[Any, int, int, str], int]
 WHOLE_PIXELS = 2048**2
 """Largest picture that `auto` decodes untiled on a GPU."""

@@ -1,7 +1,7 @@
 """Device memory that decoding and encoding take, worked out from the autoencoder's shape.
 
-What convolutions need for themselves is not in it. At 8192 x 8192 px in bfloat16 FLUX.1's decoder is told to take
-103 GB `whole`, 36 GB `streamed` (a plane is 17.2 GB), 7.5 GB `host` and 7.4 GB `tiled`: middle layers see everything.
+At 8192 x 8192 px in bfloat16 FLUX.1's decoder is told to take 165 GB `whole` on a GPU, 36 GB `streamed` (a plane is
+17.2 GB), 7.5 GB `host` and 7.4 GB `tiled`: middle layers see everything. See experiments/decode for what is measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ Levels = list[tuple[int, int, int]]
 WHOLE_DECODER, WHOLE_ENCODER = 3, 5
 """Activations of its largest layer that the untiled decoder holds at a time (input, norm, what is behind the norm), and
 those that the encoder does (its first activation, too, and a padded copy)."""
+CHANNELS_LAST = 1.8
+"""What convolutions take beside, on a GPU and untiled: cuDNN lays out input and output anew. In largest activations,
+by what an H100 took at 2048 and 4096 px."""
 STREAMED = 2
 """Planes: what a residual block reads, and what it writes."""
 SAMPLED = 3
@@ -55,7 +58,7 @@ def decode_bytes(
     levels = _levels(channels, height, width)
     if mode == "whole":
         largest = max(max(before, mine) * pixels for before, mine, pixels in levels)
-        return max(WHOLE_DECODER * largest, _attention_elements(levels)) * vae.dtype.itemsize
+        return _whole_bytes(vae, WHOLE_DECODER, largest, levels, device)
     if mode != "tiled":
         return _streamed_bytes(vae, levels, mode, band_elements, device)
     middle = _streamed_bytes(vae, levels, "tiled", band_elements, device)
@@ -75,8 +78,14 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
     levels = _levels(vae.config.block_out_channels, height, width)
     if mode == "whole":
         largest = max(channels * pixels for _, channels, pixels in levels)
-        return max(WHOLE_ENCODER * largest, _attention_elements(levels)) * vae.dtype.itemsize
+        return _whole_bytes(vae, WHOLE_ENCODER, largest, levels, None)
     return _streamed_bytes(vae, levels, mode, band_elements, None)
+
+
+def _whole_bytes(vae: Any, held: float, largest: int, levels: Levels, device: torch.device | None) -> int:
+    if (vae.device if device is None else device).type == "cuda":
+        held += CHANNELS_LAST
+    return max(round(held * largest), _attention_elements(levels)) * vae.dtype.itemsize
 
 
 def _streamed_bytes(vae: Any, levels: Levels, mode: str, band_elements: int, device: torch.device | None) -> int:

@@ -8,6 +8,7 @@ from itertools import product
 
 from torch import nn
 
+from scale_dit.autoencoder.decoding import DECODES
 from scale_dit.errors import UserError
 from scale_dit.planning.components import Components, blocks_of, castable, size_of
 from scale_dit.planning.work import Work
@@ -15,7 +16,6 @@ from scale_dit.planning.work import Work
 AUTO = "auto"
 OFFLOADS = ("none", "text", "model", "group")
 KEYS_VALUES = ("device", "host")
-DECODES = ("whole", "streamed", "host", "tiled")
 WEIGHTS = ("native", "fp8")
 PART = 8192
 """Tokens in one part of a feed-forward layer: as fast as the whole, and its hidden layer is 0.2 GB on FLUX.1, where it

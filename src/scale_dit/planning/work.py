@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.attention import resolve
+from scale_dit.autoencoder.decoding import DECODES
 from scale_dit.autoencoder.layers import streamed_decode
 from scale_dit.autoencoder.memory import decode_bytes
 from scale_dit.autoencoder.streaming import Streaming
@@ -154,11 +155,8 @@ class Tracer:
         whole = self._once(("decode", *shape), lambda: vae.decode(latents()).sample)
         streamed = self._once(("streamed", *shape), lambda: list(streamed_decode(vae, latents(), at_once)))
         tile = self.sampling.decode_tile
-        others = {
-            mode: decode_bytes(vae, height, width, mode, tile, device=self.device)
-            for mode in ("streamed", "host", "tiled")
-        }
-        return {"whole": whole} | dict.fromkeys(others, streamed), {"whole": whole.peak, **others}
+        peaks = {mode: decode_bytes(vae, height, width, mode, tile, device=self.device) for mode in DECODES}
+        return dict.fromkeys(DECODES, streamed) | {"whole": whole}, peaks
 
     def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
         """The trace of what has this key, made when it is first asked for."""
