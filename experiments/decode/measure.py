@@ -10,6 +10,7 @@ results.csv in this folder, or in the one that --to names.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 from scale_dit.autoencoder import Decoding, decode, encode
 from scale_dit.autoencoder.memory import decode_bytes
 from scale_dit.autoencoder.tiles import seam_score
+from scale_dit.benchmark.timing import peak_and_seconds
 from scale_dit.data.render import render
 from scale_dit.data.scene_sampling import sample_scene
 from scale_dit.evaluation.studies import add_rows
@@ -36,8 +38,10 @@ FLUX1 = {
 }  # fmt: skip
 TILES = {"tiny": (384, 144), "flux1": (1024, 256)}
 """Side and overlap of tiles in px; overlaps are at least twice what convolutions reach."""
-WHOLE_LIMIT = {"tiny": 2048, "flux1": 4096}
-"""Largest side in px that is decoded whole."""
+REFERENCE = {"tiny": Decoding("whole"), "flux1": Decoding("streamed")}
+"""How the picture that others are held against is decoded, in float32: untiled, or where that does not fit as exact."""
+REFERENCE_LIMIT = {"tiny": 2048, "flux1": 4096}
+"""Largest side in px that is decoded so, or `whole`."""
 STOCK_TILES = "diffusers' tiles"
 MODES = ("whole", "streamed", "host", "tiled", STOCK_TILES)
 
@@ -59,19 +63,24 @@ def latents_of(base: str, vae: Any, px: int, device: torch.device) -> Tensor:
     return encode(vae, render([sample_scene(seed=7, split="test", zoom=1.0)], px, px))
 
 
+@torch.no_grad()
 def measure(base: str, sizes: Sequence[int], modes: Sequence[str], to: Path) -> None:
     """Add a row for every size and mode."""
     device = torch.device("cuda" if base != "tiny" else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # which rounds the reference; bfloat16 is not touched
     vae = autoencoder(base, device)
     for px in sizes:
         latents, right = latents_of(base, vae, px, device), None
+        if px <= REFERENCE_LIMIT[base]:
+            right = decode(
+                copy.deepcopy(vae).float(), latents, Decoding("streamed" if base != "tiny" else "whole")
+            ).cpu()
         for mode in modes:
-            if mode == "whole" and px > WHOLE_LIMIT[base]:
+            if mode == "whole" and px > REFERENCE_LIMIT[base]:
                 continue
             tile, overlap = TILES[base]
             how = None if mode == STOCK_TILES else Decoding(mode, tile=tile, overlap=overlap)
             picture, seconds, peak = _timed(vae, latents, how, tile, device)
-            right = picture if mode == "whole" else right
             row = {"base": base, "px": px, "mode": mode, "seconds": f"{seconds:.3f}", "peak_gb": peak}
             planned = "" if how is None else f"{decode_bytes(vae, px, px, mode, tile) / 1e9:.3f}"
             row |= {"planned_gb": planned, **_errors(picture, right, px, tile, overlap)}
@@ -97,20 +106,23 @@ def _timed(
     vae: Any, latents: Tensor, how: Decoding | None, tile: int, device: torch.device
 ) -> tuple[Tensor, float, str]:
     """The picture on the CPU, seconds, and GB at most beside what was there before; nobody counts those of a CPU."""
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    picture = (stock_tiles(vae, latents, tile) if how is None else decode(vae, latents, how)).cpu()
-    seconds = time.perf_counter() - began
+    made: list[Tensor] = []
+
+    def run() -> None:
+        made[:] = [(stock_tiles(vae, latents, tile) if how is None else decode(vae, latents, how)).cpu()]
+
     if device.type == "cpu":
-        return picture, seconds, ""
-    return picture, seconds, f"{(torch.cuda.max_memory_allocated() - held) / 1e9:.3f}"
+        began = time.perf_counter()
+        run()
+        return made[0], time.perf_counter() - began, ""
+    held = torch.cuda.memory_allocated() / 1e9
+    torch.cuda.empty_cache()
+    peak, seconds = peak_and_seconds(run)
+    return made[0], seconds, f"{peak - held:.3f}"
 
 
 def _errors(picture: Tensor, right: Tensor | None, px: int, tile: int, overlap: int) -> dict[str, str]:
-    """Against the untiled picture, in levels of 255, and the seam score at the borders of our tiles."""
+    """Against the untiled picture in float32, in levels of 255, and the seam score at the borders of our tiles."""
     borders = list(range(tile - overlap // 2, px - overlap // 2, tile - overlap))
     seams = f"{seam_score(picture, borders):.3f}" if borders else ""
     if right is None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scale_dit.benchmark.timing import need_gpu
+from scale_dit.benchmark.timing import need_gpu, peak_and_seconds
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.method import Method
@@ -46,8 +45,6 @@ from scale_dit.recipe import native_scale
 HERE = Path(__file__).parent
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
-LONG = 20.0
-"""Seconds of a call from which on what the first one takes beside does not count."""
 FIRST, GUIDANCE = "flux1_dev", 3.5
 DENSE = "stock_eager", "stock_compiled"
 WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled"
@@ -57,19 +54,6 @@ def cap_memory(gb: float | None) -> None:
     """Let torch have no more than `gb` GB of the card; `None`: all of it."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if gb is None else min(1.0, gb * 1e9 / total))
-
-
-def peak_and_seconds(code: Callable[[], object], compiled: bool) -> tuple[float, float]:
-    """GB at most, and seconds, of a call that ran once before, or that is long and was not compiled."""
-    for _ in range(2):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        code()
-        torch.cuda.synchronize()
-        if (seconds := time.perf_counter() - began) > LONG and not compiled:
-            break
-    return torch.cuda.max_memory_allocated() / 1e9, seconds
 
 
 class Side(NamedTuple):

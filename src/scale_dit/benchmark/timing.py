@@ -13,6 +13,8 @@ from scale_dit.errors import UserError
 
 SHORTEST_WAIT, LONGEST_WAIT = 1.0, 32.0
 """Milliseconds that the GPU is kept busy while a call is launched."""
+LONG = 20.0
+"""Seconds of a call from which on what the first one takes beside does not count."""
 CYCLES_A_MS = 2e6
 """Clock cycles in a millisecond, at least: no card's clock is much faster."""
 
@@ -79,6 +81,23 @@ def _run(call: Callable[[], object], flush: Tensor, wait: float) -> tuple[float,
     was_in_time = not start.query()
     end.synchronize()
     return start.elapsed_time(end), 1000 * host, was_in_time
+
+
+def peak_and_seconds(code: Callable[[], object], compiled: bool = False) -> tuple[float, float]:
+    """GB that torch's allocator handed out at most, and seconds until the GPU was done.
+
+    Of a second call: the first one loads, tunes and compiles kernels. A first call above `LONG` seconds is also the
+    last one, unless `compiled`.
+    """
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        code()
+        torch.cuda.synchronize()
+        if (seconds := time.perf_counter() - began) > LONG and not compiled:
+            break
+    return torch.cuda.max_memory_allocated() / 1e9, seconds
 
 
 def median(values: Sequence[float]) -> float:
