@@ -1,16 +1,13 @@
 """Seconds and peak memory of full-size bases on one GPU, beside what was planned. Each command takes below 500 s.
 
 python experiments/memory/measure.py steps --px 4096
-python experiments/memory/measure.py steps --px 2048 6144 8192 10240x4096 --kinds stock_eager
-python experiments/memory/measure.py steps --px 4096 8192 --base klein_9b --kinds stock_eager windowed_parts
-python experiments/memory/measure.py pictures --px 2048 4096 6144 8192 10240x4096
-python experiments/memory/measure.py pictures --px 4096 8192 --base klein_9b
-python experiments/memory/measure.py pictures --px 2048 4096 8192 --steps 1 --cap 40
-python experiments/memory/measure.py least --px 2048 4096 8192
+python experiments/memory/measure.py pictures --px 4096 8192
+python experiments/memory/measure.py pictures --px 4096 --steps 1 --cap 24
+python experiments/memory/measure.py least --px 2048 4096
 python experiments/memory/run.py
 
-Caps are enforced with `torch.cuda.set_per_process_memory_fraction`. Rows go to steps.csv, pictures.csv and least.csv
-in this folder, or in the one that --to names.
+README.md has all of them. Caps are enforced with `torch.cuda.set_per_process_memory_fraction`. Rows go to steps.csv,
+pictures.csv and least.csv in this folder, or in the one that --to names.
 """
 
 from __future__ import annotations
