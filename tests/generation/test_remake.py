@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from training_runs import ROOT, command_environment
 
+from scale_dit.data import decode
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Picture, Remake, Sampling, collect_pictures, generate, read_prompts
 from scale_dit.generation.remake import FinishedPicture
@@ -245,6 +246,21 @@ def test_what_cannot_be_made_anew_is_said(finished, tmp_path, small_settings):
     save_picture(torch.ones(3, 16, 16), tmp_path / "small.png")
     with pytest.raises(UserError, match="the mask has 16 x 16 px, which is not the picture's size"):
         Remake(source, mask=tmp_path / "small.png").chosen(layout, 16)
+
+
+def test_sources_and_masks_above_pillows_limit_are_taken_and_those_above_ours_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    mask = tmp_path / "mask.tif"
+    Image.new("1", (512, 256), 1).save(mask)
+    source = FinishedPicture(finished)
+    assert source.pixels().shape == (3, 256, 512)
+    Remake(source, mask=mask)
+    monkeypatch.setattr(decode, "LARGEST", 100)
+    with pytest.raises(UserError, match=r"the mask .*mask.tif .*512 x 256 px.*: reduce or crop it"):
+        Remake(source, mask=mask)
+    with pytest.raises(UserError, match=r"the picture .*.png .*512 x 256 px.*: reduce or crop it"):
+        FinishedPicture(finished)
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 @pytest.mark.parametrize("kind", ["png16", "tiff16"])

@@ -121,6 +121,4 @@ class DraftPhoto:
             raise self._unusable(error) from error
 
     def _unusable(self, error: PictureError) -> UserError:
-        return UserError(
-            f"the picture {self.path} cannot be used ({error}): give a picture file such as PNG, JPEG, TIFF or WebP"
-        )
+        return UserError(f"the picture {self.path} cannot be used ({error}): {error.remedy}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_dit.data.decode import to_rgb
+from scale_dit.data.decode import PictureError, open_picture, reading, to_rgb
 from scale_dit.errors import UserError
 from scale_dit.files import sha256_of
 from scale_dit.generation.folder import Files, OutputFolder
@@ -231,10 +231,8 @@ class Remake:
         if self.mask is None:
             return None
         try:
-            with opened(self.mask) as image:
+            with reading(), open_picture(self.mask) as image:
                 levels = torch.from_numpy(np.array(image.convert("RGBA"))).float() / 255
                 return levels[..., :3].mean(-1) * levels[..., 3] > 0.5  # what is transparent is not painted
-        except (OSError, SyntaxError) as error:
-            raise UserError(
-                f"the mask {self.mask} cannot be used ({error}): give a picture file such as PNG"
-            ) from error
+        except PictureError as error:
+            raise UserError(f"the mask {self.mask} cannot be used ({error}): {error.remedy}") from error
