@@ -135,7 +135,7 @@ def test_the_source_and_its_run_are_left_alone(make, finished):
         "inside the picture": {"folder": "finished2", "remake": Remake(source, [[0, 0, 9999, 9]])},
         "quality=80 would change": {"folder": "lossy", "remake": Remake(source, BOX), "files": Files("webp", 80)},
         "leave out height=128": {"folder": "x", "remake": Remake(source, BOX), "picture": replace(PICTURE, height=128)},
-        "neither draft=": {"folder": "drafts", "remake": Remake(source, BOX), "job": Job(stage="draft")},
+        "but stage=decode": {"folder": "drafts", "remake": Remake(source, BOX), "job": Job(stage="draft")},
     }  # fmt: skip
     for message, options in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -169,6 +169,8 @@ def test_the_command_takes_over_what_the_picture_was_made_with(finished, tmp_pat
     second = run(f"remake={first}", "boxes=[[0,0,8,8]]", "output=two")
     Image.new("L", (256, 128), 255).save(tmp_path / "mask.png")
     third = run(f"remake={second}", "mask=mask.png", "negative_prompt=fog", "output=three")
+    decoded = run(f"resume={second.parent}", "stage=decode", "format=tiff")
+    assert torch.equal(load_picture(decoded), load_picture(second))
     assert [read_provenance(file)["negative_prompt"] for file in (first, second, third)] == ["blur", "blur", "fog"]
     assert read_provenance(third)["settings"]["sampling"]["steps"] == 2
     assert read_provenance(third)["settings"]["remake"]["kept"] == {"latents": True, "draft": True}
@@ -211,6 +213,30 @@ def test_an_interrupted_remake_goes_on_bit_by_bit(make, finished, monkeypatch):
         resumed = make("interrupted", remake=remake, job=Job(resume=True))
     assert (saved, steps) == ([0, 1], [2])
     assert torch.equal(load_picture(resumed), load_picture(undisturbed))
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "somebody else's"])
+def test_decoding_alone_makes_the_same_picture(make, finished, tmp_path, monkeypatch, keeps):
+    """Also where the source has no latents, so that it is encoded as its own draft."""
+    if not keeps:
+        save_picture(load_picture(finished), tmp_path / "theirs.png")
+    remake = Remake(FinishedPicture(finished if keeps else tmp_path / "theirs.png"), BOX)
+    whole, name = make(f"whole {keeps}", remake=remake), f"decoded {keeps}"
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleDiTPipeline, "decode_bands", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            make(name, remake=remake)
+    job, refinement = Job(stage="decode", resume=True), []
+    monkeypatch.setattr(ScaleDiTPipeline, "remake", lambda *_, **__: refinement.append(1))
+    decoded = make(name, remake=remake, job=job)
+    assert torch.equal(load_picture(decoded), load_picture(whole))
+    assert read_provenance(decoded)["fingerprint"] == read_provenance(whole)["fingerprint"]
+    again = make(name, remake=remake, job=job, files=Files("tiff", keep_latents=True))
+    assert torch.equal(load_picture(again), load_picture(whole))
+    assert not refinement
+    turn = FinishedPicture(again).latents(read_provenance(whole)["settings"])
+    assert torch.equal(turn, FinishedPicture(whole).latents(read_provenance(whole)["settings"]))
+    assert FinishedPicture(again).draft(read_provenance(whole)["settings"]) is not None
 
 
 def test_the_options_of_the_run_are_taken_over_but_not_what_it_made(tmp_path):

@@ -190,7 +190,7 @@ class Remake:
 
         Raises:
             UserError: Another size than the picture's, its own folder, a format that loses something, a draft, or a
-                single stage.
+                stage that it has not.
         """
         for picture in pictures:
             if (picture.height, picture.width) != self.source.photo.size:
@@ -199,8 +199,8 @@ class Remake:
             raise UserError(f"output={output} is the folder of {self.source.path} itself: choose another")
         if files.quality is not None:
             raise UserError(f"quality={files.quality} would change all of the picture: leave it out with remake")
-        if photo is not None or job.stage != "all":
-            raise UserError("remake goes with neither draft=... nor stage=...: leave them out")
+        if photo is not None or job.stage not in ("all", "decode"):
+            raise UserError("remake goes with neither draft=... nor a stage but stage=decode: leave them out")
 
     def chosen(self, layout: Layout, token_size: int) -> Tensor:
         """Tokens of the windows that are made anew, bool `[height, width]`.
