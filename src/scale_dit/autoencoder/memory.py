@@ -66,7 +66,14 @@ def decode_bytes(
     return max(middle, kept + _streamed_bytes(vae, _levels(channels, *sides), "streamed", band_elements, device))
 
 
-def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: int = BAND_ELEMENTS) -> int:
+def encode_bytes(
+    vae: Any,
+    height: int,
+    width: int,
+    mode: str,
+    band_elements: int = BAND_ELEMENTS,
+    device: torch.device | None = None,
+) -> int:
     """Bytes of device memory at the peak of encoding, beside the weights; see `decode_bytes`.
 
     Args:
@@ -76,7 +83,7 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
     if mode == "whole":
         largest = max(channels * pixels for _, channels, pixels in levels)
         return max(WHOLE_ENCODER * largest, _attention_elements(levels)) * vae.dtype.itemsize
-    return _streamed_bytes(vae, levels, mode, band_elements, None)
+    return _streamed_bytes(vae, levels, mode, band_elements, device)
 
 
 def _streamed_bytes(vae: Any, levels: Levels, mode: str, band_elements: int, device: torch.device | None) -> int:

@@ -25,6 +25,7 @@ from scale_dit.generation.window_prompts import read_box, read_window_prompts
 from scale_dit.layout import Layout
 from scale_dit.local_control import WindowPrompt
 from scale_dit.picture_files import opened, picture_bits, read_provenance, to_uint8
+from scale_dit.recipe import Recipe
 from scale_dit.regions import tokens_of_boxes, tokens_of_mask, whole_windows
 
 log = logging.getLogger(__name__)
@@ -213,6 +214,15 @@ class Remake:
         else:
             touched = tokens_of_boxes([read_box(box) for box in self.boxes or ()], layout.image, token_size)
         return whole_windows(touched, layout)
+
+    def encoded_sizes(self, recipe: Recipe, kept: Mapping[str, bool]) -> list[tuple[int, int]]:
+        """At which sizes (height, width) in px its picture is encoded.
+
+        Args:
+            kept: Whether its `latents` and its `draft` are there.
+        """
+        draft = [recipe.draft_size] if recipe.needs_draft and not kept["draft"] else []
+        return draft if kept["latents"] else [*draft, recipe.size]
 
     def settings(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """What decides what it leads to, as plain values.
