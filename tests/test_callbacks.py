@@ -75,6 +75,36 @@ def test_sample_pictures_leave_no_trace_in_training(plain: Path, sampled: Path) 
             assert torch.equal(first["state"][key]["exp_avg_sq"], second["state"][key]["exp_avg_sq"])
 
 
+class TextEncoders(lightning.Callback):
+    """Notes which there are after every step."""
+
+    def __init__(self) -> None:
+        self.notes: list[dict] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        self.notes.append(pl_module.base.text_encoders)
+
+
+def test_text_encoders_are_put_aside_once_all_prompts_are_encoded(small_folder: Path, tmp_path: Path) -> None:
+    """They stayed on the card for the whole training: 10 GB on FLUX.1."""
+    from scale_dit.entry import build
+
+    objects = build(training_config(small_folder, tmp_path, "trainer.max_steps=2", SAMPLES))
+    base, noted = objects["model"].base, TextEncoders()
+    encoders = base.text_encoders
+    objects["trainer"].callbacks.append(noted)
+    prompts = [("",), ("a large red circle on sand",), ("two yellow rings",)]
+    expected = [base.encode_prompts(prompt) for prompt in prompts]
+    objects["trainer"].fit(objects["model"], datamodule=objects["data"])
+    assert noted.notes == [{}, {}]
+    assert base.text_encoders == encoders
+    assert (tmp_path / "samples" / "step_0000002.png").is_file()
+    assert sorted(base.known_texts) == prompts
+    for prompt, text in zip(prompts, expected, strict=True):
+        assert torch.equal(base.encode_prompts(prompt).tokens, text.tokens)
+        assert torch.equal(base.encode_prompts(prompt).pooled, text.pooled)
+
+
 class Disturbance(lightning.Callback):
     """Notes the random state and modes around sample pictures."""
 

@@ -164,6 +164,10 @@ def test_windows_that_are_made_anew_keep_their_own_prompts(base, stage):
     assert not torch.allclose(remade(), remade(here), atol=1e-2)
 
 
+def test_a_picture_that_is_chosen_whole_is_put_in_whole():
+    assert blending(torch.ones(4, 6, dtype=torch.bool), 2).eq(1).all()
+
+
 def test_new_pixels_are_blended_inside_their_windows():
     chosen = touched(slice(4, 8), slice(16, 20))
     weights = blending(chosen.repeat_interleave(16, 0).repeat_interleave(16, 1), 16)

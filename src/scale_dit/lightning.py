@@ -109,6 +109,7 @@ class ScaleDiTModule(lightning.LightningModule):
             load_lora_state(self.base.transformer, initial, f"LoRA file {initial_lora}")
         self.base.guidance_adapters = (ADAPTER,)
         self.base.image_adapters = (ADAPTER,) if lora.scope == "all" else ()
+        self._put_aside: dict[str, torch.nn.Module] = {}
         self.transformer = self.base.transformer  # a submodule, so that Lightning moves and trains it
 
     def _read_initial(self, path: str) -> dict[str, Tensor]:
@@ -125,8 +126,20 @@ class ScaleDiTModule(lightning.LightningModule):
         """The plan for pictures of this size in px, made once."""
         return _plan(self.method, self.base_settings, height, width)
 
+    def setup(self, stage: str) -> None:
+        """Encode the empty caption and the prompts that callbacks draw, and put the text encoders aside.
+
+        Batches bring their texts' embeddings: the data module, which may have needed the encoders, was set up before.
+        The transformer comes to the device after, so that both need not fit. When training ends, they are back.
+        """
+        drawn = {prompt for callback in self.trainer.callbacks for prompt in getattr(callback, "prompts", ())}
+        device = self.trainer.strategy.root_device
+        self.base.encoders_to(device)
+        self.base.remember_prompts([(prompt,) for prompt in sorted({"", *drawn})], device)
+        self._put_aside |= {name: encoder.cpu() for name, encoder in self.base.drop_text_encoders().items()}
+
     def on_fit_start(self) -> None:
-        """Move what is no submodule, and encode the empty caption once."""
+        """Move what is no submodule."""
         self.base.to(self.device)
         self.empty_text = self.base.encode_prompts([""])
 
@@ -215,7 +228,8 @@ class ScaleDiTModule(lightning.LightningModule):
         return save_lora(self.transformer, folder, self.lora_settings, self.record)
 
     def on_fit_end(self) -> None:
-        """Export the LoRA."""
+        """Export the LoRA; text encoders are where the rest of the base comes to be, in the host's memory."""
+        self.base.pipeline.register_modules(**self._put_aside)
         if self.hparams.export and self.trainer.is_global_zero:
             self.save_lora(self.hparams.export)
 

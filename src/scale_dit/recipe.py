@@ -80,6 +80,20 @@ class Recipe:
             wrap,
         )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the picture, (height, width) in px."""
+        return self._pixels(self.plan)
+
+    @property
+    def draft_size(self) -> tuple[int, int]:
+        """Of its draft, (height, width) in px."""
+        return self._pixels(self.draft_plan)
+
+    def _pixels(self, plan: Plan) -> tuple[int, int]:
+        grid, token = plan.layout.image, self.base.token_size
+        return grid.height * token, grid.width * token
+
     def shift(self, step: int) -> Shift:
         """How far a step of the refinement sees picture and draft moved."""
         return wrap_shift(self.plan.layout.image, self.plan.layout.guidance, self.wrap, step)

@@ -150,6 +150,8 @@ def blending(chosen: Tensor, over: int, wrap: str = "none") -> Tensor:
     They rise from the border inwards, over `over` places, so that nothing outside changes and no line shows. At an edge
     of the picture there is nothing to blend with, unless it joins the opposite one, see `scale_dit.wrapping`.
     """
+    if chosen.all():  # there is no border to count from
+        return torch.ones(chosen.shape)
     around = np.pad(chosen.numpy(), ((over, over), (0, 0)), mode="wrap" if wrap == "both" else "edge")
     around = np.pad(around, ((0, 0), (over, over)), mode="edge" if wrap == "none" else "wrap")
     depth = torch.from_numpy(ndimage.distance_transform_cdt(around, "chessboard"))[over:-over, over:-over]

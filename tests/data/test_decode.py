@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from scale_dit.data.decode import PictureError, open_picture, to_rgb, upright_size
+from scale_dit.data import decode
+from scale_dit.data.decode import PictureError, TooLargeError, open_picture, to_rgb, upright_size, verify
+from scale_dit.picture_files import register_formats, without_pillows_limit
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -124,3 +127,51 @@ class TestToRgb:
         result = to_rgb(image, (32, 16, 160, 144), (64, 64))
         # At the border the filter reads the photograph's own neighbouring pixels, which the cut no longer has.
         assert torch.equal(result[:, 2:-2, 2:-2], pixels(cut)[:, 2:-2, 2:-2])
+
+
+class TestSize:
+    @pytest.mark.parametrize("suffix", ["png", "tiff", "jpg", "webp", "gif", "jxl"])
+    def test_pictures_above_pillows_limit_are_read_and_the_limit_stays(
+        self, astronaut: Image.Image, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pillow looks at the size when a file is opened, again when a TIFF is decoded, and when it is cut."""
+        file = tmp_path / f"a.{suffix}"
+        register_formats(file)
+        astronaut.save(file)
+        expected = to_rgb(open_picture(file), (8, 16, 72, 112))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(Image.DecompressionBombError):
+            Image.open(file)
+        assert upright_size(open_picture(file.read_bytes())) == (160, 192)
+        verify(open_picture(file))
+        assert torch.equal(to_rgb(open_picture(file), (8, 16, 72, 112)), expected)
+        assert Image.MAX_IMAGE_PIXELS == 100
+
+    def test_larger_ones_are_refused_with_size_and_limit(
+        self, astronaut: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert decode.LARGEST >= 16384**2
+        monkeypatch.setattr(decode, "LARGEST", 160 * 192)
+        reopened(astronaut, "PNG")
+        monkeypatch.setattr(decode, "LARGEST", 160 * 192 - 1)
+        with pytest.raises(TooLargeError, match=r"192 x 160 px, 30,720 in all, and 30,719 are the most") as found:
+            reopened(astronaut, "PNG")
+        assert found.value.remedy == "reduce or crop it"
+
+    def test_pillows_limit_is_back_when_the_last_thread_leaves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        inside, leave = threading.Barrier(2), threading.Event()
+
+        def other() -> None:
+            with without_pillows_limit():
+                inside.wait()
+                leave.wait()
+
+        thread = threading.Thread(target=other)
+        with without_pillows_limit():
+            thread.start()
+            inside.wait()
+        assert Image.MAX_IMAGE_PIXELS is None
+        leave.set()
+        thread.join()
+        assert Image.MAX_IMAGE_PIXELS == 100

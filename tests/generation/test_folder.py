@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from scale_dit.errors import UserError
-from scale_dit.generation import Picture, read_prompts
+from scale_dit.generation import Files, Picture, read_prompts
 from scale_dit.generation.folder import FINISHED, OutputFolder
 from scale_dit.picture_files import read_provenance
 from scale_dit.pipeline_output import StageCost
@@ -58,8 +58,28 @@ def test_a_finished_run_is_refused_unless_it_may_be_removed(tmp_path):
     (tmp_path / "mine.png").write_bytes(b"not a picture of a run")
     with pytest.raises(UserError, match=r"finished run.*overwrite=true"):
         folder.pending(PICTURES)
-    assert folder.pending(PICTURES[:1], overwrite=True) == PICTURES[:1]
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+    folder.clear(PICTURES[:1])
+    assert folder.pending(PICTURES[:1]) == PICTURES[:1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.lock", "mine.png"]
+
+
+def test_a_folder_is_cleared_once_for_all_processes_of_a_run(tmp_path):
+    """A process that began later removed what the others had just made."""
+    fill(OutputFolder(tmp_path, {"steps": 3}))
+    first, second = OutputFolder(tmp_path, {"steps": 2}), OutputFolder(tmp_path, {"steps": 2})
+    first.clear(PICTURES)
+    assert first.pending(PICTURES) == PICTURES
+    fill(first, PICTURES[:1])
+    second.clear(PICTURES)
+    assert second.pending(PICTURES) == PICTURES[1:]
+    fill(second, PICTURES[1:])
+    second.finish(PICTURES)
+    OutputFolder(tmp_path, {"steps": 2}).clear(PICTURES)
+    assert first.pending(PICTURES) == PICTURES, "of a finished run"
+    fill(first, PICTURES[:1])
+    other = OutputFolder(tmp_path, {"steps": 2}, Files("webp"))
+    other.clear(PICTURES)
+    assert not first.holds(PICTURES[0]), "of another run"
 
 
 def test_the_list_of_a_finished_run_is_a_prompt_file(tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image, ImageCms
 from rich.console import Console
 from small_bases import SETTINGS, noise
 
+from scale_dit.data import decode
 from scale_dit.errors import UserError
 from scale_dit.generation import DraftPhoto, Picture, Prompt, Sampling, collect_pictures, generate
 from scale_dit.generation.photo import PhotoLatents
@@ -116,3 +117,13 @@ def test_a_truncated_photo_is_named(pipeline, tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be used"):
         DraftPhoto(path).latents(pipeline, Sampling().recipe(SETTINGS, Method(), 128, 256))
+
+
+def test_photos_above_pillows_limit_are_taken_and_those_above_ours_refused(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    own = photo(tmp_path / "a.png")
+    recipe = Sampling(scale=2).recipe(SETTINGS, Method(), 128, 256)
+    assert own.draft_latents(pipeline, recipe).shape == (1, 16, 8, 16)
+    monkeypatch.setattr(decode, "LARGEST", 79_999)
+    with pytest.raises(UserError, match=r"a.png .*400 x 200 px, 80,000 in all, and 79,999 are.*: reduce or crop it"):
+        DraftPhoto(tmp_path / "a.png")

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from training_runs import ROOT, command_environment
 
+from scale_dit.data import decode
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Picture, Remake, Sampling, collect_pictures, generate, read_prompts
 from scale_dit.generation.remake import FinishedPicture
@@ -134,7 +135,7 @@ def test_the_source_and_its_run_are_left_alone(make, finished):
         "inside the picture": {"folder": "finished2", "remake": Remake(source, [[0, 0, 9999, 9]])},
         "quality=80 would change": {"folder": "lossy", "remake": Remake(source, BOX), "files": Files("webp", 80)},
         "leave out height=128": {"folder": "x", "remake": Remake(source, BOX), "picture": replace(PICTURE, height=128)},
-        "neither draft=": {"folder": "drafts", "remake": Remake(source, BOX), "job": Job(stage="draft")},
+        "but stage=decode": {"folder": "drafts", "remake": Remake(source, BOX), "job": Job(stage="draft")},
     }  # fmt: skip
     for message, options in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -168,6 +169,8 @@ def test_the_command_takes_over_what_the_picture_was_made_with(finished, tmp_pat
     second = run(f"remake={first}", "boxes=[[0,0,8,8]]", "output=two")
     Image.new("L", (256, 128), 255).save(tmp_path / "mask.png")
     third = run(f"remake={second}", "mask=mask.png", "negative_prompt=fog", "output=three")
+    decoded = run(f"resume={second.parent}", "stage=decode", "format=tiff")
+    assert torch.equal(load_picture(decoded), load_picture(second))
     assert [read_provenance(file)["negative_prompt"] for file in (first, second, third)] == ["blur", "blur", "fog"]
     assert read_provenance(third)["settings"]["sampling"]["steps"] == 2
     assert read_provenance(third)["settings"]["remake"]["kept"] == {"latents": True, "draft": True}
@@ -212,6 +215,30 @@ def test_an_interrupted_remake_goes_on_bit_by_bit(make, finished, monkeypatch):
     assert torch.equal(load_picture(resumed), load_picture(undisturbed))
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "somebody else's"])
+def test_decoding_alone_makes_the_same_picture(make, finished, tmp_path, monkeypatch, keeps):
+    """Also where the source has no latents, so that it is encoded as its own draft."""
+    if not keeps:
+        save_picture(load_picture(finished), tmp_path / "theirs.png")
+    remake = Remake(FinishedPicture(finished if keeps else tmp_path / "theirs.png"), BOX)
+    whole, name = make(f"whole {keeps}", remake=remake), f"decoded {keeps}"
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleDiTPipeline, "decode_bands", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            make(name, remake=remake)
+    job, refinement = Job(stage="decode", resume=True), []
+    monkeypatch.setattr(ScaleDiTPipeline, "remake", lambda *_, **__: refinement.append(1))
+    decoded = make(name, remake=remake, job=job)
+    assert torch.equal(load_picture(decoded), load_picture(whole))
+    assert read_provenance(decoded)["fingerprint"] == read_provenance(whole)["fingerprint"]
+    again = make(name, remake=remake, job=job, files=Files("tiff", keep_latents=True))
+    assert torch.equal(load_picture(again), load_picture(whole))
+    assert not refinement
+    turn = FinishedPicture(again).latents(read_provenance(whole)["settings"])
+    assert torch.equal(turn, FinishedPicture(whole).latents(read_provenance(whole)["settings"]))
+    assert FinishedPicture(again).draft(read_provenance(whole)["settings"]) is not None
+
+
 def test_the_options_of_the_run_are_taken_over_but_not_what_it_made(tmp_path):
     record = {"overrides": ["base=tiny", "steps=3", "start=0.9", "prompt='a star'", "seed=4", f"output={tmp_path}"]}
     (tmp_path / "run.json").write_text(json.dumps(record))
@@ -245,6 +272,21 @@ def test_what_cannot_be_made_anew_is_said(finished, tmp_path, small_settings):
     save_picture(torch.ones(3, 16, 16), tmp_path / "small.png")
     with pytest.raises(UserError, match="the mask has 16 x 16 px, which is not the picture's size"):
         Remake(source, mask=tmp_path / "small.png").chosen(layout, 16)
+
+
+def test_sources_and_masks_above_pillows_limit_are_taken_and_those_above_ours_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    mask = tmp_path / "mask.tif"
+    Image.new("1", (512, 256), 1).save(mask)
+    source = FinishedPicture(finished)
+    assert source.pixels().shape == (3, 256, 512)
+    Remake(source, mask=mask)
+    monkeypatch.setattr(decode, "LARGEST", 100)
+    with pytest.raises(UserError, match=r"the mask .*mask.tif .*512 x 256 px.*: reduce or crop it"):
+        Remake(source, mask=mask)
+    with pytest.raises(UserError, match=r"the picture .*.png .*512 x 256 px.*: reduce or crop it"):
+        FinishedPicture(finished)
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 @pytest.mark.parametrize("kind", ["png16", "tiff16"])

@@ -278,6 +278,10 @@ def test_shards_are_equal_parts_of_a_list(make, tmp_path, whole):
     assert torch.equal(load_picture(second[1]), whole[3])
     assert len((tmp_path / "out" / "pictures.jsonl").read_text().splitlines()) == 4
     assert make("out", PICTURES, shard="2/2") == second, "a late part finds its work done"
+    for shard in ("1/2", "2/2"):
+        again = make("out", PICTURES, shard=shard, overwrite=True)
+    assert again == second
+    assert (tmp_path / "out" / "pictures.jsonl").is_file(), "the second part leaves the first one's pictures"
 
 
 def hold_claim(folder: Path, taken, wait) -> None:

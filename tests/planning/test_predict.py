@@ -57,6 +57,27 @@ def test_seconds_follow_from_rates(flux1):
     assert slower == pytest.approx(2 * refine, rel=0.01)
 
 
+def test_encoding_takes_the_drafts_place(flux1):
+    sizes = [(1024, 1024), (4096, 4096)]
+    for way in flux1.ways:
+        found = flux1.predict(4096, 4096, way)
+        nothing, both = (flux1.encoded(found, some, 10**12) for some in ([], sizes))
+        one = [flux1.encoded(found, [size], 10**12).seconds["draft"] for size in sizes]
+        transformer, autoencoder = (
+            part / CARD.host_copy * (way.offload == "model")
+            for part in (flux1.weights.transformer, flux1.weights.autoencoder)
+        )
+        assert nothing.seconds.keys() == nothing.peak_bytes.keys() == found.seconds.keys() - {"draft"}
+        assert both.seconds["draft"] == pytest.approx(sum(one) - autoencoder)
+        assert both.seconds["refine"] == nothing.seconds["refine"] == found.seconds["refine"] + transformer
+    decode = flux1.tracer.work(4096, 4096, 0).decode
+    for whole, mode in ((True, "whole"), (False, "streamed")):
+        encode = flux1.tracer.encoding(4096, 4096, whole)
+        assert 0.5 < CARD.seconds(encode) / CARD.seconds(decode[mode]) < 0.7, "fewer layers than the decoder has"
+    tight = flux1.encoded(found, sizes, 10 * GB)
+    assert tight.peak_bytes["draft"] < both.peak_bytes["draft"], "streamed"
+
+
 def test_windowed_refine_needs_less_than_stock_dense(flux1):
     """Working memory of stock FLUX.1 at 4096 px is 6.98 GB (tested in `test_trace.py`), guidance not included."""
     kept = 57 / 5 * flux1.tracer.work(4096, 4096, 0).guidance.kept

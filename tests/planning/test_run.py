@@ -8,15 +8,16 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from rich.console import Console
 
 from scale_dit.errors import UserError
-from scale_dit.generation import Picture, Sampling, generate
+from scale_dit.generation import DraftPhoto, Files, FinishedPicture, Picture, Remake, Sampling, generate
 from scale_dit.generation.job import Job
 from scale_dit.method import Method
-from scale_dit.picture_files import load_picture
+from scale_dit.picture_files import load_picture, save_picture
 from scale_dit.planning.memory import Memory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -55,6 +56,37 @@ def test_drafts_are_planned_as_what_they_are(small_settings, tmp_path):
     for stage in ("text", "draft", "decode"):
         assert re.search(rf"{stage}\W+[\d.]+", before)
         assert re.search(rf"{stage}\W+[\d.]+\W+[\d.]+", after)
+
+
+def rows(printed: str) -> dict[str, list[float]]:
+    """Seconds predicted and measured of each stage, from the last table."""
+    table = printed.split("Predicted and actual")[1]
+    found = re.findall(r"(text|draft|refine|decode)\W+([\d.]+)\W+([\d.]+)", table)
+    return {stage: [float(predicted), float(actual)] for stage, predicted, actual in found}
+
+
+def test_pictures_that_are_encoded_are_planned_in_the_drafts_stage(small_settings, tmp_path):
+    """A photo was planned as a draft that the base makes, and a picture to make anew as nothing."""
+    save_picture(torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(0)), tmp_path / "a.png")
+    pictures = [replace(PICTURES[0], height=512, width=512)]
+
+    def stages(name: str, **options) -> dict[str, list[float]]:
+        console, sampling = Console(file=StringIO(), width=200), replace(SAMPLING, start=0.5)
+        generate(
+            pictures, small_settings, Method(), sampling, tmp_path / name, files=Files(keep_latents=True),
+            console=console, device="cpu", **options,
+        )  # fmt: skip
+        return rows(console.file.getvalue())
+
+    drafted = stages("drafted")
+    by_photo = stages("photo", photo=DraftPhoto(tmp_path / "a.png"))
+    foreign = stages("foreign", remake=Remake(FinishedPicture(tmp_path / "a.png"), [[0, 0, 8, 8]]))
+    kept = stages("kept", remake=Remake(FinishedPicture(tmp_path / "drafted" / "00000_seed0.png"), [[0, 0, 8, 8]]))
+    assert by_photo["draft"][0] == foreign["draft"][0] != drafted["draft"][0]
+    assert "draft" not in kept
+    for found in (by_photo, foreign):
+        off = {stage: actual / predicted for stage, (predicted, actual) in found.items()}
+        assert 1 / 4 < off["draft"] / off["decode"] < 4, "as far off as decoding is, on a machine of any speed"
 
 
 def test_all_ways_make_the_same_pictures(small_settings, tmp_path):

@@ -88,7 +88,7 @@ def test_peak_is_that_of_a_real_step(plan, base, backend, checkpointing):
 def test_states_are_counted_number_by_number(plan, base):
     trained = [parameter for parameter in base.transformer.parameters() if parameter.requires_grad]
     numbers = sum(parameter.nbytes for parameter in trained)
-    everything = [part for part in base.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    everything = [base.transformer, base.pipeline.vae]  # text encoders are gone before the first step
     weights = sum(each.nbytes for part in everything for each in (*part.parameters(), *part.buffers())) - numbers
     assert plan.parts["weights of the base"] == weights
     assert plan.parts["LoRA and its average"] == 2 * numbers
@@ -100,6 +100,14 @@ def test_states_are_counted_number_by_number(plan, base):
     assert states == 2 * numbers
     assert replace(plan, averaged=False).parts["LoRA"] == numbers
     assert replace(plan, optimiser="prodigy").parts["states of prodigy"] == 4 * numbers
+
+
+def test_text_encoders_count_before_the_first_step_alone(plan, base):
+    texts = sum(each.nbytes for part in base.text_encoders.values() for each in (*part.parameters(), *part.buffers()))
+    before = "text encoders, before the first step"
+    rest = sum(count for name, count in plan.parts.items() if name != before)
+    assert plan.parts[before] == max(0, texts + plan.parts["weights of the base"] - rest), "all is loaded into the host"
+    assert replace(plan, device=torch.device("cuda")).parts[before] == 0, "they go before the transformer comes"
 
 
 def test_autocast_is_that_of_a_gpu():

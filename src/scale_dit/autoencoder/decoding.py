@@ -61,16 +61,25 @@ class Decoding:
         if self.wrap != "none" and self.mode in ("whole", "tiled"):
             raise UserError(f"decode mode {self.mode!r} cannot join edges (wrap={self.wrap}): use streamed or auto")
 
-    def choice(self, vae: Any, height: int, width: int, free: int | None, needed: BytesNeeded = decode_bytes) -> str:
+    def choice(
+        self,
+        vae: Any,
+        height: int,
+        width: int,
+        free: int | None,
+        needed: BytesNeeded = decode_bytes,
+        device: torch.device | None = None,
+    ) -> str:
         """The mode for a picture of `height` x `width` px.
 
         Args:
             free: Bytes of the device's memory to be had; `None`: as many as are needed.
             needed: `decode_bytes` or `encode_bytes`.
+            device: Where it is decoded; by default where the autoencoder is.
         """
         if self.mode != "auto":
             return self.mode
-        on_cpu = vae.device.type == "cpu"
+        on_cpu = (vae.device if device is None else device).type == "cpu"
         # Above, the untiled one is slower on a GPU, too.
         may_be_whole = self.wrap == "none" and (free is None or on_cpu or height * width <= WHOLE_PIXELS)
         for mode in ("whole", "streamed") if may_be_whole else ("streamed",):

@@ -69,7 +69,14 @@ def decode_bytes(
     return max(middle, kept + _streamed_bytes(vae, _levels(channels, *sides), "streamed", band_elements, device))
 
 
-def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: int = BAND_ELEMENTS) -> int:
+def encode_bytes(
+    vae: Any,
+    height: int,
+    width: int,
+    mode: str,
+    band_elements: int = BAND_ELEMENTS,
+    device: torch.device | None = None,
+) -> int:
     """Bytes of device memory at the peak of encoding, beside the weights; see `decode_bytes`.
 
     Args:
@@ -78,8 +85,8 @@ def encode_bytes(vae: Any, height: int, width: int, mode: str, band_elements: in
     levels = _levels(vae.config.block_out_channels, height, width)
     if mode == "whole":
         largest = max(channels * pixels for _, channels, pixels in levels)
-        return _whole_bytes(vae, WHOLE_ENCODER, largest, levels, None)
-    return _streamed_bytes(vae, levels, mode, band_elements, None)
+        return _whole_bytes(vae, WHOLE_ENCODER, largest, levels, device)
+    return _streamed_bytes(vae, levels, mode, band_elements, device)
 
 
 def _whole_bytes(vae: Any, held: float, largest: int, levels: Levels, device: torch.device | None) -> int:

@@ -7,12 +7,16 @@ Whatever the file holds, the result is `[3, H, W]`, float32, sRGB, in [0, 1], up
 * an embedded colour profile (Display P3, Adobe RGB, a printer's CMYK) is converted to sRGB;
 * 16-bit greyscale is divided by 65535 (Pillow's own conversion would clip everything above 255 to white);
 * of an animation the first frame is taken.
+
+Pictures have at most `LARGEST` pixels: more than Pillow takes, since those of this project have.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +24,14 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from scale_dit.picture_files import register_formats, without_pillows_limit
+
 log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
+
+LARGEST = 2**29
+"""Pixels: twice those of 16384 x 16384; decoded, 6 GiB in float32."""
 
 _ORIENTATION = 0x0112
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
@@ -31,21 +40,54 @@ _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 
 class PictureError(Exception):
-    """A picture that cannot be used; the message says why. The caller knows its name and decides what to do."""
+    """A picture that cannot be used; the message says why. The caller knows its name and decides what to do.
+
+    Attributes:
+        remedy: What to do about it.
+    """
+
+    remedy = "give a picture file such as PNG, JPEG, TIFF or WebP"
+
+
+class TooLargeError(PictureError):
+    """A picture of more than `LARGEST` pixels."""
+
+    remedy = "reduce or crop it"
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """What is read with Pillow inside may be larger than its own limit.
+
+    Raises:
+        PictureError: Whatever Pillow raises.
+    """
+    try:
+        with without_pillows_limit():
+            yield
+    except PictureError:
+        raise
+    except Exception as error:  # Pillow's readers raise many types on damaged files
+        raise PictureError(_reason(error)) from error
 
 
 def open_picture(data: bytes | str | Path) -> Image.Image:
     """Open a picture from its bytes or path. Pixels are not decoded yet.
 
     Raises:
-        PictureError: missing, empty, or in no format that Pillow knows.
+        PictureError: missing, empty, in no format that Pillow knows, or of more than `LARGEST` pixels.
     """
-    try:
-        if isinstance(data, bytes):
-            return Image.open(io.BytesIO(data))
-        return Image.open(data)
-    except Exception as error:  # Pillow's readers raise many types on damaged headers
-        raise PictureError(_reason(error)) from error
+    with reading():
+        if not isinstance(data, bytes):
+            register_formats(Path(data))
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        if image.width * image.height > LARGEST:
+            image.close()
+            raise TooLargeError(
+                f"it has {image.width} x {image.height} px, {image.width * image.height:,} in all, and {LARGEST:,} "
+                f"are the most that is read"
+            )
+        return image
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -54,10 +96,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     Raises:
         PictureError: damaged; for a PNG Pillow decodes the whole file, since EXIF may follow the pixels.
     """
-    try:
+    with reading():
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception as error:  # as above: no common base class
-        raise PictureError(_reason(error)) from error
     width, height = image.size
     return (width, height) if turned else (height, width)
 
@@ -68,14 +108,10 @@ def verify(image: Image.Image) -> None:
     Raises:
         PictureError: truncated or damaged data, or pixels without a defined white.
     """
-    try:
+    with reading():
         _white_level(image)
         image.draft(image.mode, (1, 1))
         image.load()
-    except PictureError:
-        raise
-    except Exception as error:  # as above: no common base class
-        raise PictureError(_reason(error)) from error
 
 
 def to_rgb(image: Image.Image, box: Box | None = None, size: tuple[int, int] | None = None) -> Tensor:
@@ -92,7 +128,7 @@ def to_rgb(image: Image.Image, box: Box | None = None, size: tuple[int, int] | N
     Raises:
         PictureError: damaged data or a mode without a defined conversion.
     """
-    try:
+    with reading():
         flat = _without_alpha(ImageOps.exif_transpose(image), _white_level(image))
         flat = _cut(flat, box, size)
         if flat.mode == "F":
@@ -100,10 +136,6 @@ def to_rgb(image: Image.Image, box: Box | None = None, size: tuple[int, int] | N
             return grey.expand(3, -1, -1).contiguous()
         rgb = _to_srgb(flat, image.info.get("icc_profile"))
         return torch.from_numpy(np.array(rgb, dtype=np.uint8)).permute(2, 0, 1).float().div_(255)
-    except PictureError:
-        raise
-    except Exception as error:  # as above: no common base class
-        raise PictureError(_reason(error)) from error
 
 
 def _white_level(image: Image.Image) -> float | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ class PhotoPairs(CachedPairs):
             module.plan_for(height, width)  # says what cannot be before anything is encoded
         dataset = PhotoDataset(self.source, self.crops, probe_store=self.probe_store)
         base, method = module.base, module.method
-        base.to(self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        base.encoders_to(device)
         contents: dict[str, Any] = {
             "dataset": dataset,
             "base": encoders_fingerprint(base),
@@ -115,7 +116,7 @@ class PhotoPairs(CachedPairs):
         with shown_progress("Encoding photographs") as progress:
             build_cache(
                 encode_image=base.encode_images,
-                encode_text=base.encode_prompts,
+                encode_text=partial(base.encode_prompts, device=device),
                 folder=folder,
                 workers=self.workers,
                 records_per_shard=RECORDS_PER_SHARD,

@@ -17,7 +17,7 @@ from scale_dit.files import write_atomically
 log = logging.getLogger(__name__)
 
 # Raised whenever decoding changes which pictures can be used.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning
@@ -243,12 +244,13 @@ class ScenePairs(lightning.LightningDataModule):
             return
         base, size = self.trainer.lightning_module.base, self.trainer.lightning_module.base_settings.native
         device = self.trainer.strategy.root_device
-        base.to(device)
+        base.encoders_to(device)
+        encode_text = partial(base.encode_prompts, device=device)
         parts = []
         scenes = PackedScenes("train", self.count, self.trainer.global_rank * 10_000_000)
         for picture, batch in scenes.rendered(size, size, device, 64, self.workers):
             pair = encode_batch(
-                picture, batch["caption"], base.encode_images, base.encode_prompts, self.scale,
+                picture, batch["caption"], base.encode_images, encode_text, self.scale,
                 base.settings.token_size, self.guidance_tokens,
             )  # fmt: skip
             parts.append({name: pair[name] for name in ("latents", "guidance_latents", "text")})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.files import sha256_of, write_atomically
+from scale_dit.generation.claims import clear_once
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.numbers import check_number
 from scale_dit.generation.pictures import Picture
@@ -135,8 +136,23 @@ class OutputFolder:
         """Where a preview of its draft goes."""
         return self.path / DRAFTS / f"{picture.stem}.png"
 
-    def pending(self, pictures: Sequence[Picture], overwrite: bool = False, goes_on: bool = False) -> list[Picture]:
-        """The pictures that are not there yet; with `overwrite` all of them, after the earlier ones were removed.
+    def clear(self, pictures: Sequence[Picture]) -> None:
+        """Remove the pictures of earlier runs, before these, which are all of the run, are made.
+
+        What processes of the same run made is left while it is not finished: they may have begun earlier.
+
+        Raises:
+            UserError: A picture is too large for the format; or the folder cannot be written, or has no locks.
+        """
+        self._check_sizes(pictures)
+        made = [self._fingerprint(picture) for picture in pictures]
+        job = fingerprint({"files": asdict(self.files), "commit": commit()}, " ".join(made), 0)
+        with writing(self):
+            self.path.mkdir(parents=True, exist_ok=True)
+            clear_once(self.path, job, (self.path / FINISHED).is_file, self.remove_earlier)
+
+    def pending(self, pictures: Sequence[Picture], goes_on: bool = False) -> list[Picture]:
+        """The pictures that are not there yet.
 
         Args:
             goes_on: A finished run is what the folder may hold.
@@ -145,10 +161,7 @@ class OutputFolder:
             UserError: The folder holds a finished run, or pictures of another one; or the disk is too small for what
                 is missing; or a picture is too large for the format.
         """
-        for picture in pictures:
-            self.files.kind.check_size(picture.height, picture.width)
-        if overwrite:
-            self.remove_earlier()
+        self._check_sizes(pictures)
         remedy = "choose another folder (output=...), or give overwrite=true"
         if (self.path / FINISHED).is_file() and not goes_on:
             raise UserError(f"{self.path} holds a finished run already: {remedy}")
@@ -251,6 +264,10 @@ class OutputFolder:
         found = [file for files in ours for file in files if file.suffix in suffixes]
         for file in (self.path / FINISHED, *found):
             file.unlink(missing_ok=True)
+
+    def _check_sizes(self, pictures: Sequence[Picture]) -> None:
+        for picture in pictures:
+            self.files.kind.check_size(picture.height, picture.width)
 
     def _check_space(self, pictures: Sequence[Picture]) -> None:
         with writing(self):

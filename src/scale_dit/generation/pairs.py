@@ -117,9 +117,9 @@ class PairFolder(OutputFolder):
         """What the picture says that it was made with; `None` if it or what was encoded of it is not there, whole."""
         return super().provenance(picture) if self._is_encoded(picture) else None
 
-    def pending(self, pictures: Sequence[Picture], overwrite: bool = False, goes_on: bool = False) -> list[Picture]:
+    def pending(self, pictures: Sequence[Picture], goes_on: bool = False) -> list[Picture]:
         """As of any output folder; a cache that lacks something says so from now on."""
-        missing = super().pending(pictures, overwrite, goes_on)
+        missing = super().pending(pictures, goes_on)
         if missing and (self.cache.finished or self.cache.shards != self.count):
             with writing(self):
                 self.cache.write_index(self.count, finished=False)

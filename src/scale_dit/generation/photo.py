@@ -12,7 +12,6 @@ from torch import Tensor
 from scale_dit.data.decode import PictureError, open_picture, to_rgb, upright_size
 from scale_dit.errors import UserError
 from scale_dit.files import sha256_of
-from scale_dit.grid import Grid
 from scale_dit.models.settings import BaseSettings
 from scale_dit.recipe import Recipe
 
@@ -89,13 +88,18 @@ class DraftPhoto:
                 f"distort: use height={same_width} width={width}, height={height} width={same_height}, or crop it"
             )
 
+    def encoded_sizes(self, recipe: Recipe) -> list[tuple[int, int]]:
+        """At which sizes (height, width) in px `latents` encodes it, if a picture needs it."""
+        found = [recipe.draft_size] if recipe.needs_draft else []
+        return [*found, recipe.size] if recipe.starts_from_draft else found
+
     def latents(self, pipeline: ScaleDiTPipeline, recipe: Recipe) -> PhotoLatents:
         """Its latents at the draft's size, and at the picture's where refinement starts from it.
 
         Raises:
             UserError: It cannot be read.
         """
-        begin = self._encoded(pipeline, recipe.plan.layout.image) if recipe.starts_from_draft else None
+        begin = self._encoded(pipeline, recipe.size) if recipe.starts_from_draft else None
         return PhotoLatents(self.draft_latents(pipeline, recipe), begin)
 
     def draft_latents(self, pipeline: ScaleDiTPipeline, recipe: Recipe) -> Tensor:
@@ -104,12 +108,10 @@ class DraftPhoto:
         Raises:
             UserError: It cannot be read.
         """
-        return self._encoded(pipeline, recipe.draft_plan.layout.image)
+        return self._encoded(pipeline, recipe.draft_size)
 
-    def _encoded(self, pipeline: ScaleDiTPipeline, grid: Grid) -> Tensor:
-        token = pipeline.settings.token_size
-        pixels = self._pixels(grid.height * token, grid.width * token)
-        return pipeline.base.encode_images(pixels).to(pipeline._execution_device)
+    def _encoded(self, pipeline: ScaleDiTPipeline, size: tuple[int, int]) -> Tensor:
+        return pipeline.base.encode_images(self._pixels(*size)).to(pipeline._execution_device)
 
     def _pixels(self, height: int, width: int) -> Tensor:
         """`[1, 3, height, width]` in [0, 1]."""
@@ -121,6 +123,4 @@ class DraftPhoto:
             raise self._unusable(error) from error
 
     def _unusable(self, error: PictureError) -> UserError:
-        return UserError(
-            f"the picture {self.path} cannot be used ({error}): give a picture file such as PNG, JPEG, TIFF or WebP"
-        )
+        return UserError(f"the picture {self.path} cannot be used ({error}): {error.remedy}")

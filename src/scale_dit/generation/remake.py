@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_dit.data.decode import to_rgb
+from scale_dit.data.decode import PictureError, open_picture, reading, to_rgb
 from scale_dit.errors import UserError
 from scale_dit.files import sha256_of
 from scale_dit.generation.folder import Files, OutputFolder
@@ -25,6 +25,7 @@ from scale_dit.generation.window_prompts import read_box, read_window_prompts
 from scale_dit.layout import Layout
 from scale_dit.local_control import WindowPrompt
 from scale_dit.picture_files import opened, picture_bits, read_provenance, to_uint8
+from scale_dit.recipe import Recipe
 from scale_dit.regions import tokens_of_boxes, tokens_of_mask, whole_windows
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class Remake:
 
         Raises:
             UserError: Another size than the picture's, its own folder, a format that loses something, a draft, or a
-                single stage.
+                stage that it has not.
         """
         for picture in pictures:
             if (picture.height, picture.width) != self.source.photo.size:
@@ -199,8 +200,8 @@ class Remake:
             raise UserError(f"output={output} is the folder of {self.source.path} itself: choose another")
         if files.quality is not None:
             raise UserError(f"quality={files.quality} would change all of the picture: leave it out with remake")
-        if photo is not None or job.stage != "all":
-            raise UserError("remake goes with neither draft=... nor stage=...: leave them out")
+        if photo is not None or job.stage not in ("all", "decode"):
+            raise UserError("remake goes with neither draft=... nor a stage but stage=decode: leave them out")
 
     def chosen(self, layout: Layout, token_size: int) -> Tensor:
         """Tokens of the windows that are made anew, bool `[height, width]`.
@@ -213,6 +214,15 @@ class Remake:
         else:
             touched = tokens_of_boxes([read_box(box) for box in self.boxes or ()], layout.image, token_size)
         return whole_windows(touched, layout)
+
+    def encoded_sizes(self, recipe: Recipe, kept: Mapping[str, bool]) -> list[tuple[int, int]]:
+        """At which sizes (height, width) in px its picture is encoded.
+
+        Args:
+            kept: Whether its `latents` and its `draft` are there.
+        """
+        draft = [recipe.draft_size] if recipe.needs_draft and not kept["draft"] else []
+        return draft if kept["latents"] else [*draft, recipe.size]
 
     def settings(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """What decides what it leads to, as plain values.
@@ -231,10 +241,8 @@ class Remake:
         if self.mask is None:
             return None
         try:
-            with opened(self.mask) as image:
+            with reading(), open_picture(self.mask) as image:
                 levels = torch.from_numpy(np.array(image.convert("RGBA"))).float() / 255
                 return levels[..., :3].mean(-1) * levels[..., 3] > 0.5  # what is transparent is not painted
-        except (OSError, SyntaxError) as error:
-            raise UserError(
-                f"the mask {self.mask} cannot be used ({error}): give a picture file such as PNG"
-            ) from error
+        except PictureError as error:
+            raise UserError(f"the mask {self.mask} cannot be used ({error}): {error.remedy}") from error

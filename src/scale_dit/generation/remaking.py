@@ -23,7 +23,8 @@ class Remaking(Making):
     picture itself is its draft, and is encoded.
     """
 
-    decode_remedy: ClassVar[tuple[str, ...]] = ("memory=least",)
+    decode_remedy: ClassVar[tuple[str, ...]] = ("stage=decode", "memory.decode=host")
+    """Tiles would have other contrasts than the pixels around them."""
 
     def __init__(self, workshop: Workshop, picture: Picture, remake: Remake):
         super().__init__(workshop, picture)

@@ -71,7 +71,7 @@ def generate(
         remake: Windows of a finished picture that are all that is made.
         job: Which stages, of which pictures; by default all.
         files: How pictures and latents are written.
-        overwrite: Remove the pictures of an earlier run from it.
+        overwrite: Remove the pictures of an earlier run from it, once for all processes of this one.
         memory: How memory is saved; by default as far as it has to be.
         pairs: Keep each picture as a training pair as well.
         config: The resolved config, left in `run.json` beside the pictures and in their metadata.
@@ -98,7 +98,9 @@ def generate(
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
     selected = job.select(pictures)
-    pending = folder.pending(selected, overwrite, job.goes_on)
+    if overwrite:
+        folder.clear(pictures)
+    pending = folder.pending(selected, job.goes_on)
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
     if len(pending) < len(selected):
         console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")

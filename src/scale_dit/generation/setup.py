@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,24 @@ class Setup:
         """
         return RunPlan(
             pictures, self.base, self.method, self.sampling, self.memory, self.backend, self.device, self.dtype,
-            self.remake, drafts_only,
+            self.remake, drafts_only, self.encoded,
         )  # fmt: skip
+
+    def encoded(self, picture: Picture) -> list[tuple[int, int]] | None:
+        """At which sizes (height, width) in px pictures that are there are encoded instead of a draft being made.
+
+        `None`: the base makes it.
+        """
+        if self.photo is not None:
+            return self.photo.encoded_sizes(self.recipe(picture))
+        if self.remake is not None:
+            return self.remake.encoded_sizes(self.recipe(picture), self._kept)
+        return None
+
+    @cached_property
+    def _kept(self) -> Mapping[str, bool]:
+        """What is kept of the picture that is made anew."""
+        return self.settings()["remake"]["kept"]
 
     def load(self, plan: RunPlan, texts: Sequence[str] = ()) -> ScaleDiTPipeline:
         """The pipeline, brought to the device as planned; `texts` are encoded beside those of the pictures."""

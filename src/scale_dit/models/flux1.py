@@ -72,9 +72,9 @@ class Flux1(Driver):
         """All zero."""
         return torch.zeros(length, 3)
 
-    def encode_text(self, prompts: list[str], length: int) -> Text:
+    def encode_text(self, prompts: list[str], length: int, device: torch.device | None = None) -> Text:
         """T5's tokens, and CLIP's pooled vector."""
-        tokens, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=length)
+        tokens, pooled, _ = self.pipeline.encode_prompt(prompts, device=device, max_sequence_length=length)
         return Text(tokens, pooled)
 
     def cut_text(self, prompt: str, length: int) -> tuple[int, str]:

@@ -114,9 +114,9 @@ class Flux2Klein(Driver):
         """The last axis counts the words."""
         return torch.nn.functional.pad(torch.arange(length, dtype=torch.float32)[:, None], (3, 0))
 
-    def encode_text(self, prompts: list[str], length: int) -> Text:
+    def encode_text(self, prompts: list[str], length: int, device: torch.device | None = None) -> Text:
         """Three of Qwen3's layers side by side, as the stock pipeline takes them."""
-        tokens, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=length)
+        tokens, _ = self.pipeline.encode_prompt(prompts, device=device, max_sequence_length=length)
         return Text(tokens, tokens.new_empty(len(tokens), 0))
 
     def cut_text(self, prompt: str, length: int) -> tuple[int, str]:

@@ -56,9 +56,26 @@ class Parts(ABC):
         """The transformer's dtype."""
         return self.transformer.dtype
 
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Text encoders by name, unless they were dropped."""
+        found = {name: self.pipeline.components[name] for name in self.parts if name.startswith("text_encoder")}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
+
     def to(self, device: torch.device) -> None:
         """Move every module."""
         self.pipeline.to(device)
+
+    def encoders_to(self, device: torch.device) -> None:
+        """Move text encoders and autoencoder, and leave the transformer where it is."""
+        for encoder in (*self.text_encoders.values(), self.pipeline.vae):
+            encoder.to(device)
+
+    def drop_text_encoders(self) -> dict[str, nn.Module]:
+        """Only what `remember_prompts` encoded is known from now on; returns them, by name."""
+        dropped = self.text_encoders
+        self.pipeline.register_modules(**dict.fromkeys(dropped))
+        return dropped
 
     def freeze(self) -> None:
         """No gradients, and evaluation mode, for every module."""
@@ -72,8 +89,8 @@ class Parts(ABC):
         return self.transformer.config.in_channels // 4
 
     @abstractmethod
-    def encode_text(self, prompts: list[str], length: int) -> Text:
-        """Encode prompts with the family's text encoders, `length` tokens each."""
+    def encode_text(self, prompts: list[str], length: int, device: torch.device | None = None) -> Text:
+        """Encode prompts with the family's text encoders, `length` tokens each; see `encode_prompts`."""
 
     @abstractmethod
     def cut_text(self, prompt: str, length: int) -> tuple[int, str]:
@@ -93,22 +110,26 @@ class Parts(ABC):
         """The inverse of `normalise`."""
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Encode prompts; text beyond `settings.text_length` tokens is cut with a warning."""
+    def encode_prompts(self, prompts: Sequence[str], device: torch.device | None = None) -> Text:
+        """Encode prompts; text beyond `settings.text_length` tokens is cut with a warning.
+
+        Args:
+            device: Where the text encoders are, if not where everything is.
+        """
         if (known := self.known_texts.get(tuple(prompts))) is not None:
-            return known.to(self.device)
+            return known.to(self.device if device is None else device)
         length = self.settings.text_length
         for prompt in dict.fromkeys(prompts):
             count, cut = self.cut_text(prompt, length)
             if cut:
                 log.warning("the base reads %d of this prompt's %d tokens; it does not see: %s", length, count, cut)
         with truncating_quietly():
-            text = self.encode_text(list(prompts), length)
+            text = self.encode_text(list(prompts), length, device)
         return Text(text.tokens.to(self.dtype), text.pooled.to(self.dtype))
 
-    def remember_prompts(self, groups: Iterable[Sequence[str]]) -> None:
+    def remember_prompts(self, groups: Iterable[Sequence[str]], device: torch.device | None = None) -> None:
         """Encode lists of prompts now, so that `encode_prompts` needs no text encoders for them later."""
-        self.known_texts |= {tuple(prompts): self.encode_prompts(prompts).to("cpu") for prompts in groups}
+        self.known_texts |= {tuple(prompts): self.encode_prompts(prompts, device).to("cpu") for prompts in groups}
 
     def blank_text(self, count: int = 1) -> Text:
         """Text of the shapes that `encode_prompts` gives, not initialised, where the transformer is."""

@@ -1,7 +1,8 @@
-"""Reading pictures that this project wrote, however large."""
+"""Reading pictures as large as those that this project writes, which Pillow takes for attacks."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,22 +17,50 @@ BIT_DEPTH_OF_PNG = 24
 """Its byte in the file: behind the signature, the first chunk's head, and two sides."""
 
 
+class _PillowsLimit:
+    """Pillow's limit of 179 megapixels, which is that of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._own: int | None = None
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """There is none until the last thread leaves."""
+        with self._lock:
+            if self._inside == 0:
+                self._own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    Image.MAX_IMAGE_PIXELS = self._own
+
+
+without_pillows_limit = _PillowsLimit().lifted
+"""A context in which pictures of any size are opened, decoded and cut."""
+
+
+def register_formats(path: Path) -> None:
+    """Let Pillow know a format that another package reads, if a file is of it and the package is there."""
+    if path.suffix == ".jxl":
+        with suppress(ImportError):
+            import pillow_jxl  # noqa: F401
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture of any size: Pillow takes those above 179 megapixels for an attack.
+    """A picture of any size.
 
     Raises:
         OSError: It cannot be read.
     """
-    if path.suffix == ".jxl":
-        with suppress(ImportError):
-            import pillow_jxl  # noqa: F401  # registers the format
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    register_formats(path)
+    with without_pillows_limit(), Image.open(path) as picture:
+        yield picture
 
 
 def picture_bits(path: Path) -> int:

@@ -12,8 +12,6 @@ from diffusers.hooks import apply_group_offloading
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2")
-
 
 def apply_memory(
     pipeline: ScaleDiTPipeline, memory: Memory, device: torch.device, prompts: Iterable[Sequence[str]] = ()
@@ -55,16 +53,15 @@ def encode_ahead(
     Args:
         by_layers: Only the layer that runs is on the device.
     """
-    encoders = {name: part for name in TEXT_PARTS if (part := getattr(pipeline, name, None)) is not None}
+    encoders = pipeline.base.text_encoders
     for encoder in encoders.values():
         if by_layers:
             apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
         else:
             encoder.to(device)
     pipeline.base.remember_prompts(prompts)
-    nothing = dict.fromkeys(encoders)
-    pipeline.register_modules(**nothing)
-    pipeline.base.pipeline.register_modules(**nothing)
+    pipeline.register_modules(**dict.fromkeys(encoders))
+    pipeline.base.drop_text_encoders()
 
 
 def offload_blocks(transformer: Any, device: torch.device) -> None:

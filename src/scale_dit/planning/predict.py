@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
+from scale_dit.autoencoder import Decoding
+from scale_dit.autoencoder.memory import encode_bytes
 from scale_dit.errors import UserError
 from scale_dit.planning.components import Components, blocks_of
 from scale_dit.planning.machine import Machine
-from scale_dit.planning.memory import Memory, Weights, peaks
+from scale_dit.planning.memory import WORKSPACE, Memory, Weights, peaks
+from scale_dit.planning.trace import Trace
 from scale_dit.planning.work import Tracer, Work
 
 STAGES = ("text", "draft", "refine", "decode")
@@ -37,17 +40,13 @@ class Prediction:
     peak_bytes: dict[str, int]
     guidance_seconds: float = 0.0
 
-    def in_boxes(self, share: float, drafts: bool) -> Prediction:
+    def in_boxes(self, share: float) -> Prediction:
         """Where the base computes boxes that add up to a share of the picture at each step, above 1 beside the whole.
 
         Peaks are those of the whole, which are not exceeded.
-
-        Args:
-            drafts: Whether a draft is made.
         """
         refine = share * (self.seconds["refine"] - self.guidance_seconds) + self.guidance_seconds
-        seconds = self.seconds | {"refine": refine}
-        return replace(self, seconds=seconds if drafts else seconds | {"draft": 0.0})
+        return replace(self, seconds=self.seconds | {"refine": refine})
 
     @property
     def peak(self) -> int:
@@ -99,7 +98,8 @@ class Planner:
         computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
         found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
         # Planes come and go while others are computed.
-        found["decode"] = max(found["decode"], self._planes(work, way) / self.machine.host_copy)
+        if way.decode == "host":
+            found["decode"] = max(found["decode"], planes(work.decode["whole"]) / self.machine.host_copy)
         return {stage: seconds + copied[stage] for stage, seconds in found.items()}
 
     def _guidance(self, work: Work, way: Memory) -> float:
@@ -116,12 +116,39 @@ class Planner:
             seconds = max(seconds, self.weights.blocks / self.machine.host_copy)
         return count * seconds
 
-    def _planes(self, work: Work, way: Memory) -> int:
-        """Bytes of activations that go to the host's memory or come from it."""
-        if way.decode != "host":
-            return 0
-        operations = work.decode["whole"].operations.items()
-        return round(PLANES * sum(each.bytes * count for each, count in operations if each.kind == "convolution"))
+    def encoded(self, found: Prediction, sizes: Sequence[tuple[int, int]], limit: int) -> Prediction:
+        """Where pictures of these sizes (height, width) are encoded, and no draft is made.
+
+        It takes the stage of the draft. How pictures are encoded is chosen for the memory that is free then.
+
+        Args:
+            found: With a draft.
+            limit: Bytes that may be used.
+        """
+        moves = found.memory.offload == "model"
+        seconds, peak_bytes = dict(found.seconds), dict(found.peak_bytes)
+        if moves and {"draft", "refine"} <= seconds.keys():  # the transformer comes a stage later
+            seconds["refine"] += self.weights.transformer / self.machine.host_copy
+        seconds.pop("draft", None)
+        peak_bytes.pop("draft", None)
+        if sizes:
+            each = [self._encoding(*size, found.memory, limit) for size in sizes]
+            moved = self.weights.autoencoder / self.machine.host_copy if moves else 0.0
+            seconds["draft"] = moved + sum(one for one, _ in each)
+            peak_bytes["draft"] = max(peak for _, peak in each)
+        return replace(found, seconds=seconds, peak_bytes=peak_bytes)
+
+    def _encoding(self, height: int, width: int, way: Memory, limit: int) -> tuple[float, int]:
+        """Seconds and peak bytes of encoding a picture."""
+        vae, device = self.components.modules["vae"], self.tracer.device
+        held = self.weights.resident(way.offload)["decode"] + WORKSPACE
+        needed = partial(encode_bytes, device=device)
+        mode = Decoding().choice(vae, height, width, limit - held, needed, device)
+        work = self.tracer.encoding(height, width, mode == "whole")
+        seconds = self.machine.practice.get("decode", 1.0) * self.machine.seconds(work)
+        if mode == "host":
+            seconds = max(seconds, planes(work) / self.machine.host_copy)
+        return seconds, held + (work.peak if mode == "whole" else needed(vae, height, width, mode))
 
     def _copied(self, way: Memory) -> dict[str, int]:
         """Bytes of weights that go to the card at the beginning of a stage."""
@@ -185,6 +212,12 @@ class Planner:
         """A size `share` as large a side, in whole tokens."""
         token = self.tracer.base.token_size
         return max(1, int(height * share) // token) * token, max(1, int(width * share) // token) * token
+
+
+def planes(work: Trace) -> int:
+    """Bytes of an autoencoder's activations that go to the host's memory or come from it."""
+    operations = work.operations.items()
+    return round(PLANES * sum(each.bytes * count for each, count in operations if each.kind == "convolution"))
 
 
 def gb(count: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,8 @@ class RunPlan:
         device, dtype: Where, and in which precision.
         remake: Windows of a finished picture that are all that is made.
         drafts_only: Whether drafts are all that is made.
+        encoded: Says at which sizes (height, width) in px pictures are encoded that are there, instead of a draft being
+            made; `None`: it is made.
 
     Raises:
         UserError: The largest picture does not fit in any way that is left open; with the largest size that does.
@@ -57,9 +59,10 @@ class RunPlan:
         dtype: torch.dtype,
         remake: Remake | None = None,
         drafts_only: bool = False,
+        encoded: Callable[[Picture], Sequence[tuple[int, int]] | None] = lambda picture: None,
     ):
         self.pictures, self.base, self.sampling, self.device = pictures, base, sampling, device
-        self.method, self.remake = method, remake
+        self.method, self.remake, self.encoded = method, remake, encoded
         components = Components.of(base, dtype)
         tracer = Tracer(base, method, sampling, components, backend, device, drafts_only)
         self.machine = machine_of(device, dtype)
@@ -89,8 +92,11 @@ class RunPlan:
             console.print(self.actual.table())
 
     def _predicted(self, picture: Picture) -> Prediction:
-        """What a picture takes, windows with prompts of their own included."""
+        """What a picture takes, windows with prompts of their own and pictures that are encoded included."""
         found = self.planner.predict(picture.height, picture.width, self.memory)
+        sizes = self.encoded(picture)
+        if sizes is not None:
+            found = self.planner.encoded(found, sizes, self.limit)
         if "refine" not in found.seconds or (self.remake is None and not picture.window_prompts):
             return found
         layout = self.sampling.recipe(self.base, self.method, picture.height, picture.width).plan.layout
@@ -100,7 +106,7 @@ class RunPlan:
         for each in picture.window_prompts:
             windows = whole_windows(each.tokens(layout.image, token), layout)
             share += share_of_boxes(windows if chosen is None else windows & chosen, layout)
-        return found.in_boxes(share, drafts=self.remake is None)
+        return found.in_boxes(share)
 
 
 def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:

@@ -67,13 +67,16 @@ class TrainingPlan:
         built = self._build()
         trained = sum(parameter.numel() * parameter.element_size() for parameter in built.parameters)
         step = self._trace(built, backward=True)
-        return {
+        found = {
             "weights of the base": built.weights,
             "LoRA and its average" if self.averaged else "LoRA": (1 + self.averaged) * trained,
             f"states of {self.optimiser}": STATES[self.optimiser] * trained,
             "activations and gradients": max(step.peak, (1 + OF_OPTIMISER) * trained),
             "libraries": WORKSPACE if self.device.type == "cuda" else 0,
         }
+        # They are gone when the transformer comes to a GPU; a processor's memory is where all of it was loaded.
+        before = built.texts + (0 if self.device.type == "cuda" else built.weights)
+        return found | {"text encoders, before the first step": max(0, before - sum(found.values()))}
 
     @property
     def peak(self) -> int:
@@ -180,17 +183,20 @@ class Built(NamedTuple):
     """A base with a fresh LoRA, on `meta`."""
 
     weights: int
-    """Bytes of the base without the LoRA."""
+    """Bytes of the base without text encoders and LoRA."""
+    texts: int
+    """Bytes of the text encoders."""
     driver: Any
     parameters: list[nn.Parameter]
     """The LoRA's."""
 
 
 def _with_lora(components: Components, base: BaseSettings, lora: LoraSettings) -> Built:
-    weights = sum(map(size_of, components.modules.values()))
+    texts = sum(map(size_of, components.text_encoders.values()))
+    weights = sum(map(size_of, components.modules.values())) - texts
     driver = components.driver(base, "auto")
     driver.freeze()
-    return Built(weights, driver, add_lora(components.transformer, lora))
+    return Built(weights, texts, driver, add_lora(components.transformer, lora))
 
 
 @lru_cache(maxsize=2)

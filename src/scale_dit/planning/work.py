@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scale_dit.attention import resolve
 from scale_dit.autoencoder.decoding import DECODES
-from scale_dit.autoencoder.layers import streamed_decode
+from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
 from scale_dit.autoencoder.memory import decode_bytes
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.method import Method, Plan, draft_plan
@@ -147,16 +147,25 @@ class Tracer:
         vae: Any = self.components.modules["vae"]
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (1, vae.config.latent_channels, height // factor, width // factor)
-        at_once = Streaming(META, META, band_elements=2**60, way="torch")
 
         def latents() -> Tensor:
             return torch.empty(shape, dtype=vae.dtype, device=META)
 
         whole = self._once(("decode", *shape), lambda: vae.decode(latents()).sample)
-        streamed = self._once(("streamed", *shape), lambda: list(streamed_decode(vae, latents(), at_once)))
+        streamed = self._once(("streamed", *shape), lambda: list(streamed_decode(vae, latents(), _at_once())))
         tile = self.sampling.decode_tile
         peaks = {mode: decode_bytes(vae, height, width, mode, tile, device=self.device) for mode in DECODES}
         return dict.fromkeys(DECODES, streamed) | {"whole": whole}, peaks
+
+    def encoding(self, height: int, width: int, whole: bool) -> Trace:
+        """Encoding a picture of `height` x `width` px, untiled or streamed."""
+        vae: Any = self.components.modules["vae"]
+
+        def encode() -> object:
+            picture = torch.empty(1, 3, height, width, dtype=vae.dtype, device=META)
+            return vae.encode(picture) if whole else streamed_encode(vae, picture, _at_once())
+
+        return self._once(("encode", height, width, whole), encode)
 
     def _once(self, key: tuple[object, ...], code: Callable[[], object]) -> Trace:
         """The trace of what has this key, made when it is first asked for."""
@@ -172,3 +181,8 @@ class Tracer:
         head_size = self.components.transformer.config.attention_head_dim
         backend = resolve(self.backend, self.device, self.driver.dtype, head_size, layout)
         self.driver.backend = backend if backend in TRACED else "triton"
+
+
+def _at_once() -> Streaming:
+    """Streamed in one band: what is computed is the same. Statistics of norms are kept in it: it serves one trace."""
+    return Streaming(META, META, band_elements=2**60, way="torch")
