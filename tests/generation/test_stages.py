@@ -284,6 +284,12 @@ def test_shards_are_equal_parts_of_a_list(make, tmp_path, whole):
     assert (tmp_path / "out" / "pictures.jsonl").is_file(), "the second part leaves the first one's pictures"
 
 
+@pytest.mark.parametrize(("sampling", "warns"), [(SAMPLING, True), (replace(SAMPLING, start=0.7), False)])
+def test_a_draft_that_nothing_reads_is_warned_of(make, caplog, sampling, warns):
+    make("out", sampling=sampling)
+    assert ("no LoRA that teaches" in caplog.text) == warns
+
+
 def hold_claim(folder: Path, taken, wait) -> None:
     with Claims(folder) as claims:
         taken.put(claims.take(1))

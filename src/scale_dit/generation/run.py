@@ -105,6 +105,8 @@ def generate(
     if len(pending) < len(selected):
         console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")
     pending = _with_work(pending, folder, sampling.steps_of(base), job.stage, console)
+    if pending and job.stage in ("all", "refine"):
+        setup.warn_of_unread_draft()
     if pending:
         plan = setup.plan(pending, job.stage == "draft") if job.stage != "decode" else None
         if plan is not None:

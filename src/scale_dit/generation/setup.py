@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,6 +26,8 @@ from scale_dit.planning.run import RunPlan
 from scale_dit.recipe import Recipe
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,15 @@ class Setup:
         if self.remake is not None:
             found["remake"] = self.remake.settings(found)
         return found
+
+    def warn_of_unread_draft(self) -> None:
+        """Say so if nothing makes pictures follow their drafts."""
+        if self.loras.own is None and self.method.guidance and self.sampling.start == 1.0:
+            log.warning(
+                "there is no LoRA that teaches %s to read the draft, so every window will draw the prompt for itself: "
+                "give lora.path=..., or begin with the draft, such as start=0.7",
+                self.base.name,
+            )
 
     def plan(self, pictures: Sequence[Picture], drafts_only: bool = False) -> RunPlan:
         """How the pictures are made, or their drafts alone, and what that takes.
