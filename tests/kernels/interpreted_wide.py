@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 from scale_dit_kernels import wide_kernels
 from scale_dit_kernels.wide import attend_wide, weigh
@@ -28,7 +24,3 @@ def main() -> None:
         parts = streams(heads, queries, keys, width)
         actual = attend_wide(*(part.float() for part in parts), SCALE)
         torch.testing.assert_close(actual.double(), exact(*parts, SCALE), rtol=1e-4, atol=1e-4)
-
-
-if __name__ == "__main__":
-    main()

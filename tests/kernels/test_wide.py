@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from scale_dit_kernels.wide import attend_wide, weigh
 from torch import Tensor
-from training_runs import command_environment
 
 SCALE = 512**-0.5
 
@@ -63,16 +58,6 @@ def test_scores_that_cannot_be_are_refused(scores, told):
 def test_heads_that_cannot_be_are_refused(keys, width):
     with pytest.raises(ValueError, match="power of 2"):
         attend_wide(torch.zeros(1, 2, width), torch.zeros(1, keys, width), torch.zeros(1, keys, width), 1.0)
-
-
-@pytest.mark.slow
-def test_kernels_equal_float64_in_the_interpreter():
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_wide.py"))],
-        env=command_environment(),
-        check=True,
-        timeout=120,
-    )
 
 
 @pytest.mark.gpu
