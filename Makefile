@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 # One thread a worker: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline $(RUN) -m pytest
-WORKERS := -n logical --maxprocesses 4 --dist loadfile
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
 SOURCES := src kernels tests experiments
 # One folder for each run of the demo.
 DEMO := logs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from diffusers import DiffusionPipeline
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
-from training_runs import ROOT, SHORT, command_environment
+from training_runs import ROOT, SHORT
 
 from scale_dit.entry import train
 from scale_dit.errors import UserError
@@ -240,14 +239,12 @@ def test_the_command_generates_with_a_style(folders, tmp_path):
     save_file(
         {f"transformer.x_embedder.{key}.weight": value for key, value in matrices.items()}, tmp_path / "a.safetensors"
     )
-    command = [
-        sys.executable, str(ROOT / "src" / "generate.py"), "experiment=klein_4k", "base=klein_4b",
+    ran = run(
+        "generate.py", "experiment=klein_4k", "base=klein_4b",
         f"base.path={folders['klein_4b']}", *GEOMETRY, "prompt=sand", "height=256", "width=256", "scale=2",
         f"output={tmp_path}/out", f"hydra.run.dir={tmp_path}/log", "lora.path=a.safetensors",
         "lora.base=klein_4b",
-        "style_loras=[{path: a.safetensors, weight: 0.5, name: style}]",
-    ]  # fmt: skip
-    environment = command_environment() | {"HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        "style_loras=[{path: a.safetensors, weight: 0.5, name: style}]", cwd=tmp_path,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 1

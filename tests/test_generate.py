@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -12,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from hydra.utils import instantiate
 from rich.console import Console
 from safetensors import safe_open
 from small_bases import SETTINGS
+from training_runs import ROOT, command_environment
 
 from scale_dit.device import choose_device
 from scale_dit.errors import UserError
@@ -25,22 +26,15 @@ from scale_dit.generation import Loras, Picture, Sampling, generate
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, read_provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 'a "large" (red) circle, it\'s a=b [c] ${d} \\'
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 METHOD = Method(order="hilbert")
 PICTURES = [Picture(index, PROMPT, "", index, 128, 256) for index in range(2)]
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
+def options(folder: Path, *arguments: str) -> list[str]:
     geometry = {name: getattr(SETTINGS, name) for name in ("name", "native", "text_length", "steps")}
     base = [f"base.{name}={value}" for name, value in geometry.items()]
-    program = [sys.executable, str(ROOT / "src" / "generate.py"), "base=tiny", f"hydra.run.dir={folder}/log", *base]
-    return [*program, "lora.path=none", *arguments]
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *arguments), cwd=folder, capture_output=True, text=True, env=OFFLINE)
+    return ["base=tiny", f"hydra.run.dir={folder}/log", *base, "lora.path=none", *arguments]
 
 
 def quiet() -> Console:
@@ -50,9 +44,13 @@ def quiet() -> Console:
 def test_the_command_makes_the_pictures(small_folder, tmp_path):
     prompts = tmp_path / "prompts (1), new.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT, "seed": 5}) + "\n{broken\n")
-    ran = run(
+    arguments = options(
         tmp_path, f"base.path={small_folder}", f"prompts_file={prompts}", "n=2", "height=128", "width=256",
         "output=out", f"negative_prompt={PROMPT}",
+    )  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "src" / "generate.py"), *arguments],
+        cwd=tmp_path, capture_output=True, text=True, env=command_environment(),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     files = [tmp_path / "out" / f"0000{i}_seed{5 + i}.png" for i in range(2)]
@@ -70,7 +68,8 @@ def test_the_command_makes_the_pictures(small_folder, tmp_path):
 
 
 def test_missing_weights_are_said_before_anything_else(tmp_path):
-    ran = run(tmp_path, "base.path=nowhere/at-all", "height=1")
+    arguments = options(tmp_path, "base.path=nowhere/at-all", "height=1")
+    ran = commands.run("generate.py", *arguments, cwd=tmp_path)
     assert ran.returncode == 2
     assert "base=tiny" in ran.stderr
     assert "Traceback" not in ran.stderr
@@ -79,27 +78,19 @@ def test_missing_weights_are_said_before_anything_else(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp_path):
     arguments = (f"base.path={small_folder}", f"prompt={PROMPT}", "height=128", "width=256", "steps=100", "output=out")
-    started = subprocess.Popen(
-        command(tmp_path, *arguments, "save_every=1"), cwd=tmp_path, env=OFFLINE, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # where the tests themselves run in a shell's background, Ctrl-C is ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    started = commands.start("generate.py", *options(tmp_path, *arguments, "save_every=1"), cwd=tmp_path)
     latents = tmp_path / "out" / "latents" / "00000_seed0.refine.safetensors"
     deadline = time.monotonic() + 120
     while not latents.is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     started.send_signal(signal.SIGINT)
-    output, errors = started.communicate(timeout=60)
-    assert started.returncode == 130
+    status, output, errors = started.wait(60)
+    assert status == 130
     assert "python src/generate.py resume=out" in output
     assert "again with the same command" not in errors
     with safe_open(latents, framework="pt") as file:
         assert 0 < int(file.metadata()["step"]) < 100
-    resumed = subprocess.run(
-        [sys.executable, str(ROOT / "src" / "generate.py"), "resume=out"],
-        cwd=tmp_path, capture_output=True, text=True, env=OFFLINE,
-    )  # fmt: skip
+    resumed = commands.run("generate.py", "resume=out", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     picture = tmp_path / "out" / "00000_seed0.png"
     provenance = read_provenance(picture)
@@ -119,15 +110,14 @@ def test_two_processes_share_a_prompt_file_without_doubling(small_folder, tmp_pa
     (tmp_path / "p.txt").write_text("\n".join(f"picture {index}" for index in range(4)))
     arguments = (f"base.path={small_folder}", "prompts_file=p.txt", "height=128", "width=256", "steps=8", "output=out")
     started = [
-        subprocess.Popen(
-            command(tmp_path, *arguments, f"hydra.run.dir={tmp_path}/log{number}"),
-            cwd=tmp_path, stdout=subprocess.PIPE, env=OFFLINE, text=True,
+        commands.start(
+            "generate.py", *options(tmp_path, *arguments, f"hydra.run.dir={tmp_path}/log{number}"), cwd=tmp_path
         )
         for number in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=200)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    made = [sum(int(number) for number in re.findall(r"actual, (\d+) pictures", output)) for output in outputs]
+    ]
+    answers = [process.wait() for process in started]
+    assert [answer.returncode for answer in answers] == [0, 0], answers
+    made = [sum(int(number) for number in re.findall(r"actual, (\d+) pictures", answer.stdout)) for answer in answers]
     assert sum(made) == 4, made
     assert len(list(tmp_path.glob("out/*.png"))) == 4
     assert len((tmp_path / "out" / "pictures.jsonl").read_text().splitlines()) == 4

@@ -6,13 +6,13 @@ import csv
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, command_environment, overrides, training_config
+from commands import Started, run, start
+from training_runs import overrides, training_config
 
 from scale_dit.callbacks.checkpoint import Interrupted
 from scale_dit.entry import train
@@ -250,32 +250,27 @@ def test_a_second_ctrl_c_stops_at_once(small_folder: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_ctrl_c_in_a_shell_and_the_command_that_it_prints(small_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "src/train.py", *overrides(small_folder, "trainer.max_steps=100000")]
-    process = subprocess.Popen(
-        [*command, f"hydra.run.dir={folder}"], cwd=ROOT, env=command_environment(), stderr=subprocess.PIPE, text=True
-    )
+    options = overrides(small_folder, "trainer.max_steps=100000", f"hydra.run.dir={folder}")
+    process = start("train.py", *options)
     wait_for(lambda: (folder / "metrics.csv").is_file(), process)
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130, message
+    status, _, message = process.wait(60)
+    assert status == 130, message
     assert "Interrupted after step" in message
     assert "Traceback" not in message
     step = torch.load(folder / LAST)["global_step"]
     go_on = next(line.strip() for line in message.splitlines() if "resume=" in line)
     assert go_on == f"python src/train.py resume={folder}"
-    arguments = [*go_on.split()[1:], f"trainer.max_steps={step + 1}"]
-    second = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=command_environment(), capture_output=True, text=True
-    )
+    second = run("train.py", *go_on.split()[2:], f"trainer.max_steps={step + 1}")
     assert second.returncode == 0, second.stderr
     assert torch.load(folder / LAST)["global_step"] == step + 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: Started, seconds: float = 120) -> None:
     """Wait until the condition holds, at most so long, and only while the process lives."""
     limit = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.wait()
         assert time.monotonic() < limit
         time.sleep(0.1)

@@ -41,7 +41,7 @@ def training_config(base: Path, output: Path, *more: str) -> DictConfig:
 def command_environment() -> dict[str, str]:
     """The environment of a subprocess that runs an entry point of this checkout."""
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "kernels", "tests"))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
 class SignalAt(lightning.Callback):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from commands import run as run_command
 from hydra import compose, initialize_config_dir
-from training_runs import ROOT, SMALL_BASE, command_environment
+from training_runs import ROOT, SMALL_BASE
 
 from scale_dit.data.buckets import BucketBatchSampler
 from scale_dit.data.cached_pairs import EndlessBatches
@@ -220,14 +219,13 @@ def test_two_processes_build_one_cache_and_stop_together(
     small_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [
-        sys.executable, "src/train.py", *options(small_folder, photo_folder, "callbacks=default", "logger=csv"),
+    answer = run_command(
+        "train.py", *options(small_folder, photo_folder, "callbacks=default", "logger=csv"),
         f"paths.root_dir={tmp_path}", f"hydra.run.dir={run}", "trainer.max_steps=100", "trainer.devices=2",
         "+trainer.strategy=ddp", "data.batch_size=1", "callbacks.samples=null", "callbacks.progress=null",
         "callbacks.checkpoint.every_n_steps=2", "trainer.enable_progress_bar=false",
         "+callbacks.signal={_target_:training_runs.SignalAt,step:4}",
-    ]  # fmt: skip
-    answer = subprocess.run(command, cwd=ROOT, env=command_environment(), capture_output=True, text=True)
+    )  # fmt: skip
     assert answer.returncode == 130, answer.stderr
     assert answer.stderr.count("Interrupted after step") == 1, answer.stderr
     state = torch.load(run / LAST)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -126,8 +127,7 @@ def test_dropped_text_encoders_leave_the_same_pairs(folder, small_settings, tmp_
 
 @pytest.mark.slow
 def test_processes_share_the_pairs(folder, small_settings, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    running = [context.Process(target=make, args=(small_settings, tmp_path)) for _ in range(2)]
+    running = [commands.context().Process(target=make, args=(small_settings, tmp_path)) for _ in range(2)]
     for process in running:
         process.start()
     for process in running:
@@ -154,23 +154,22 @@ def test_a_killed_command_goes_on(small_folder, tmp_path):
     prompts.write_text("a large red circle on sand\na small blue star\n")
     base = ["base=tiny", f"base.path={small_folder}", *SMALL_BASE, "device=cpu"]
 
-    def start(folder: str, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "src/make_pairs.py", *arguments, f"hydra.run.dir={tmp_path / folder}_log"]
-        return subprocess.Popen(command, cwd=ROOT, env=command_environment())
-
     def first(folder: str) -> list[str]:
-        return [*base, f"prompts_file={prompts}", "n=3", "save_every=1", f"output={tmp_path / folder}"]
+        folders = f"output={tmp_path / folder}", f"hydra.run.dir={tmp_path / folder}_log"
+        return [*base, f"prompts_file={prompts}", "n=3", "save_every=1", *folders]
 
-    whole = start("whole", *first("whole"))
-    killed = start("killed", *first("killed"))
+    program = [sys.executable, "src/make_pairs.py"]
+    whole = subprocess.Popen([*program, *first("whole")], cwd=ROOT, env=command_environment())
+    killed = commands.start("make_pairs.py", *first("killed"))
     while not list((tmp_path / "killed" / "encoded").glob("shard-00001*")):
         assert killed.poll() is None
         time.sleep(0.01)
-    killed.kill()
-    killed.wait()
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait().returncode == -signal.SIGKILL
     assert whole.wait() == 0
     assert len(list((tmp_path / "killed" / "encoded").glob("shard*"))) < 6
-    assert start("killed", f"resume={tmp_path / 'killed'}").wait() == 0
+    resumed = commands.run("make_pairs.py", f"resume={tmp_path / 'killed'}", f"hydra.run.dir={tmp_path}/killed_log")
+    assert resumed.returncode == 0, resumed.stderr
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob(".*.part"))
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run as run_command
 from PIL import Image
 from rich.console import Console
-from training_runs import ROOT, command_environment
 
 from scale_dit.data import decode
 from scale_dit.errors import UserError
@@ -146,12 +144,8 @@ def test_the_source_and_its_run_are_left_alone(make, finished):
 
 @pytest.mark.slow
 def test_the_command_takes_over_what_the_picture_was_made_with(finished, tmp_path):
-
     def run(*arguments: str) -> Path:
-        ran = subprocess.run(
-            [sys.executable, str(ROOT / "src" / "generate.py"), *arguments],
-            cwd=tmp_path, env=command_environment(), capture_output=True, text=True,
-        )  # fmt: skip
+        ran = run_command("generate.py", *arguments, cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr
         return tmp_path / ran.stdout.splitlines()[-1]
 

@@ -24,6 +24,7 @@ from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Loras, Picture, Sampling, generate
 from scale_dit.generation.claims import Claims
 from scale_dit.generation.latents import SavedLatents
+from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.setup import Setup
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
@@ -288,6 +289,26 @@ def test_shards_are_equal_parts_of_a_list(make, tmp_path, whole):
 def test_a_draft_that_nothing_reads_is_warned_of(make, caplog, sampling, warns):
     make("out", sampling=sampling)
     assert ("no LoRA that teaches" in caplog.text) == warns
+
+
+def test_overwriting_removes_nothing_that_is_needed(make, tmp_path):
+    kept = make("out", PICTURES[:2])
+    photo = DraftPhoto(kept[1])
+    for options, message in (
+        ({"pick": [1]}, r"removes all pictures of .*out, but pick=\[1\] makes only some"),
+        ({"photo": photo}, "would remove the draft .*00001"),
+        ({"memory": Memory(limit_gb=0.001)}, "needs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make("out", PICTURES[:2], overwrite=True, **options)
+        assert all(file.is_file() for file in (*kept, tmp_path / "out" / "pictures.jsonl"))
+
+
+def test_drafts_of_another_prompt_are_not_shown_as_new_ones(make):
+    make("drafts", PICTURES[:1], stage="draft")
+    other = replace(PICTURES[0], prompt="another")
+    with pytest.raises(UserError, match=r"another prompt.*overwrite=true"):
+        make("drafts", [other], stage="draft")
 
 
 def hold_claim(folder: Path, taken, wait) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 from scale_dit_kernels.rotation import norm_rotate
 from test_rotation import expected, inputs
@@ -22,7 +18,3 @@ def main() -> None:
         actual = [output, *torch.autograd.grad(output, single, gradient.float())]
         for ours, right in zip(actual, expected(tensor, weight, cosine, sine, gradient), strict=True):
             torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
-
-
-if __name__ == "__main__":
-    main()

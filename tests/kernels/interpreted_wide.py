@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 from scale_dit_kernels import wide_kernels
 from scale_dit_kernels.wide import weigh
@@ -23,7 +19,3 @@ def main() -> None:
         scores = 30 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
         for ours, right in zip(weigh(scores, SCALE, torch.float32), weights(scores, SCALE), strict=True):
             torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-6)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from scale_dit_kernels.rotation import norm_rotate
 from torch import Tensor
 from torch.nn.functional import rms_norm
-from training_runs import command_environment
 
 EPS = 1e-6
 
@@ -56,16 +51,6 @@ def test_gradients_and_rules_of_torch():
     for given in (tensor.detach(), heads_first):
         checks = torch.library.opcheck(norm_rotate, (given.requires_grad_(), weight, cosine, sine, EPS))
         assert set(checks.values()) == {"SUCCESS"}
-
-
-@pytest.mark.slow
-def test_the_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    answer = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_rotation.py"))],
-        env=command_environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from scale_dit_kernels.wide import weigh
 from torch import Tensor
-from training_runs import command_environment
 
 SCALE = 512**-0.5
 
@@ -40,16 +35,6 @@ def test_the_operator_keeps_the_rules_of_torch():
 def test_scores_that_cannot_be_are_refused(scores, told):
     with pytest.raises(ValueError, match=told):
         weigh(scores, 1.0, torch.bfloat16)
-
-
-@pytest.mark.slow
-def test_the_kernel_equals_float64_in_the_interpreter():
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_wide.py"))],
-        env=command_environment(),
-        check=True,
-        timeout=120,
-    )
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from scale_dit.errors import UserError
-from scale_dit.files import sha256_of, write_atomically
+from scale_dit.files import write_atomically
 from scale_dit.generation.claims import clear_once
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.numbers import check_number
@@ -119,19 +119,6 @@ class OutputFolder:
         saved = self.latents.load(f"{picture.stem}.refine", self.latents_fingerprint(picture))
         return saved[0] if saved is not None and saved[1] == steps else None
 
-    def tie_latents(self, picture: Picture) -> None:
-        """Note which file a picture's latents, which stay, lead to."""
-        with writing(self):
-            write_atomically(self._tie(picture), sha256_of(self.file(picture)) + "\n")
-
-    def led_to(self, picture: Picture, file: Path) -> bool:
-        """Whether a file is the one that a picture's latents led to: it may have been painted over since."""
-        tie = self._tie(picture)
-        return tie.is_file() and tie.read_text().strip() == sha256_of(file)
-
-    def _tie(self, picture: Picture) -> Path:
-        return self.path / LATENTS / f"{picture.stem}.sha256"
-
     def draft_file(self, picture: Picture) -> Path:
         """Where a preview of its draft goes."""
         return self.path / DRAFTS / f"{picture.stem}.png"
@@ -158,8 +145,8 @@ class OutputFolder:
             goes_on: A finished run is what the folder may hold.
 
         Raises:
-            UserError: The folder holds a finished run, or pictures of another one; or the disk is too small for what
-                is missing; or a picture is too large for the format.
+            UserError: The folder holds a finished run, or pictures or latents of another one; or the disk is too small
+                for what is missing; or a picture is too large for the format.
         """
         self._check_sizes(pictures)
         remedy = "choose another folder (output=...), or give overwrite=true"
@@ -171,6 +158,8 @@ class OutputFolder:
             provenance = self.provenance(picture)
             if provenance is None:
                 missing.append(picture)
+                if (latents := self._foreign_latents(picture)) is not None:
+                    raise UserError(f"{latents} are steps of other settings or another prompt: {remedy}")
             elif provenance.get("fingerprint") != self._fingerprint(picture):
                 raise UserError(f"{file} was made with other settings or another prompt: {remedy}")
         self._check_space(missing)
@@ -243,6 +232,14 @@ class OutputFolder:
         """Digest of everything that decides what a picture's latents are: all but the way they are decoded."""
         return self._digest(picture, self._without("decode_tile"))
 
+    def _foreign_latents(self, picture: Picture) -> Path | None:
+        """Saved latents of the picture or its draft that another run would go on from."""
+        digests = {"draft": self.draft_fingerprint(picture), "refine": self.latents_fingerprint(picture)}
+        for kind, digest in digests.items():
+            if self.latents.are_foreign(name := f"{picture.stem}.{kind}", digest):
+                return self.latents.file(name)
+        return None
+
     def _without(self, *names: str) -> dict[str, Any]:
         """The settings without some of the sampling's."""
         sampling = {name: value for name, value in self.settings.get("sampling", {}).items() if name not in names}
@@ -276,8 +273,8 @@ class OutputFolder:
         needed = sum(3 * self.files.kind.bits // 8 * picture.height * picture.width for picture in pictures)
         if needed > free:
             raise UserError(
-                f"{len(pictures)} pictures can take {needed / 2**20:,.0f} MiB, but the disk of {self.path} has "
-                f"{free / 2**20:,.0f} MiB left: free some space, or choose another folder (output=...)"
+                f"pictures, {len(pictures)} of them, can take {needed / 2**20:,.1f} MiB, but the disk of {self.path} "
+                f"has {free / 2**20:,.1f} MiB left: free some space, or choose another folder (output=...)"
             )
 
 

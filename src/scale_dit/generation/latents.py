@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scale_dit.files import write_atomically
+from scale_dit.files import sha256_of, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,33 @@ class SavedLatents:
             log.warning("%s is damaged and is made again: %s", path, error)
             return None
 
+    def are_foreign(self, name: str, fingerprint: str) -> bool:
+        """Whether there are latents of this name that were made in another way."""
+        try:
+            with safe_open(self.file(name), framework="pt") as file:
+                return (file.metadata() or {}).get("fingerprint") != fingerprint
+        except (SafetensorError, OSError):  # none, or damaged ones, which `load` tells of
+            return False
+
     def remove(self, name: str) -> None:
         """Forget latents that are no longer needed."""
         self.file(name).unlink(missing_ok=True)
+
+    def tie(self, name: str, picture: Path) -> None:
+        """Note which picture's file a picture's latents, which stay, lead to.
+
+        Raises:
+            OSError: As the file system says.
+        """
+        write_atomically(self._tie(name), sha256_of(picture) + "\n")
+
+    def led_to(self, name: str, picture: Path) -> bool:
+        """Whether a file is the one that these latents led to: it may have been painted over since."""
+        tie = self._tie(name)
+        return tie.is_file() and tie.read_text().strip() == sha256_of(picture)
+
+    def _tie(self, name: str) -> Path:
+        return self.folder / f"{name}.sha256"
 
     def file(self, name: str) -> Path:
         """Where the latents of this name are."""

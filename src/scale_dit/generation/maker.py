@@ -157,7 +157,8 @@ class Making:
         with enough_memory("decode", self.folder, *self.decode_remedy):
             self.keep(latents)
         if self.folder.files.keep_latents:
-            self.folder.tie_latents(self.picture)
+            with writing(self.folder):
+                self.folder.latents.tie(self.picture.stem, self.folder.file(self.picture))
         else:
             self.folder.latents.remove(f"{self.picture.stem}.refine")
             if not self.folder.draft_file(self.picture).is_file():  # nobody chose from drafts, or will again

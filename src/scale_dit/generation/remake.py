@@ -100,7 +100,7 @@ class FinishedPicture:
         def base_of(found: Mapping[str, Any]) -> tuple[Any, ...]:
             return found["base"]["name"], found["weights"] or found["base"]["path"]
 
-        usable = base_of(made) == base_of(settings) and folder.led_to(self.picture, self.path)
+        usable = base_of(made) == base_of(settings) and folder.latents.led_to(self.picture.stem, self.path)
         return folder if usable else None
 
     @cached_property

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from scale_dit.device import choose_device
+from scale_dit.errors import UserError
 from scale_dit.generation.claims import Claims
 from scale_dit.generation.contact_sheet import write_contact_sheet
 from scale_dit.generation.folder import Files, OutputFolder
@@ -97,8 +98,10 @@ def generate(
     folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
-    selected = job.select(pictures)
+    selected, plan = job.select(pictures), None
     if overwrite:
+        _check_overwriting(folder, job, photo)
+        plan = _plan(setup, selected, job)  # nothing is removed for pictures that cannot be made
         folder.clear(pictures)
     pending = folder.pending(selected, job.goes_on)
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
@@ -108,7 +111,8 @@ def generate(
     if pending and job.stage in ("all", "refine"):
         setup.warn_of_unread_draft()
     if pending:
-        plan = setup.plan(pending, job.stage == "draft") if job.stage != "decode" else None
+        if plan is None or pending != selected:
+            plan = _plan(setup, pending, job)
         if plan is not None:
             plan.show(console)
         _make_all(setup, plan, pending, folder, job, console)
@@ -120,6 +124,29 @@ def generate(
     if there == selected and (job.pick is not None or all(folder.file(each).is_file() for each in pictures)):
         folder.finish(pictures)
     return [folder.file(picture) for picture in there]
+
+
+def _plan(setup: Setup, pictures: Sequence[Picture], job: Job) -> RunPlan | None:
+    """Decoding alone is not planned."""
+    return None if job.stage == "decode" else setup.plan(pictures, job.stage == "draft")
+
+
+def _check_overwriting(folder: OutputFolder, job: Job, photo: DraftPhoto | None) -> None:
+    """Nothing that is needed, and no picture that is not made again, is removed.
+
+    Raises:
+        UserError: Not all pictures are made, or the draft is a picture in the folder.
+    """
+    if job.pick is not None:
+        raise UserError(
+            f"overwrite=true removes all pictures of {folder.path}, but pick={job.pick} makes only some again: "
+            "leave one of the two out, or remove those pictures' files by hand"
+        )
+    if photo is not None and photo.path.resolve().is_relative_to(folder.path.resolve()):
+        raise UserError(
+            f"overwrite=true would remove the draft {photo.path} with the other pictures of {folder.path}: choose "
+            "another folder (output=...)"
+        )
 
 
 def _with_work(
