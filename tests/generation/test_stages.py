@@ -123,8 +123,10 @@ def test_other_settings_do_not_go_on_from_foreign_latents(make, tmp_path):
     with Stop(BLOCK, calls, KeyboardInterrupt()), pytest.raises(SystemExit):
         make("out")
     other = replace(SAMPLING, guidance_scale=2.0)
+    with pytest.raises(UserError, match=r"refine.safetensors are steps of other settings.*overwrite=true"):
+        make("out", sampling=other)
     alone = load_picture(make("alone", sampling=other)[0])
-    assert torch.equal(load_picture(make("out", sampling=other)[0]), alone)
+    assert torch.equal(load_picture(make("out", sampling=other, overwrite=True)[0]), alone)
 
 
 def test_out_of_memory_in_decode_keeps_the_latents(make, tmp_path, whole):
