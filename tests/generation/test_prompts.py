@@ -101,6 +101,14 @@ def test_json_lines(tmp_path):
     assert found.unknown_fields == ["text", "colour"]
 
 
+def test_brackets_in_brackets_cost_their_line_alone(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("[" * 200_000 + '\n"a ring"\n')
+    found = read_prompts(path)
+    assert [prompt.text for prompt in found.prompts] == ["a ring"]
+    assert [line.split(":")[0] for line in found.broken] == ["prompts.jsonl, line 1"]
+
+
 def test_csv(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text(

@@ -135,7 +135,7 @@ def collect_prompts(prompt: str | Sequence[str] | None, prompts_file: str | Path
         return found.prompts
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if not texts or not all(text.strip() for text in texts):
-        raise UserError("the list of prompts is empty or holds an empty one: give prompt='...' or prompts_file=...")
+        raise UserError("no prompt is given, or an empty one: give prompt='...' or prompts_file=...")
     return [Prompt(text) for text in texts]
 
 

@@ -155,7 +155,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of brackets in brackets
             entry = UserError(f"no JSON ({error})")
         if not isinstance(entry, Mapping | str | UserError):
             entry = UserError("neither a string nor an object with a prompt")
