@@ -61,10 +61,12 @@ def encode_ahead(
         cost: Where it is noted what encoding takes.
         by_layers: Only the layer that runs is on the device.
     """
-    encoders = pipeline.base.text_encoders
+    encoders, on_gpu = pipeline.base.text_encoders, device.type == "cuda"
     for encoder in encoders.values():
         if by_layers:
-            apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
+            apply_group_offloading(
+                encoder, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
+            )
         else:
             encoder.to(device)
     with cost.stage("text", device):

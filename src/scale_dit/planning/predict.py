@@ -99,6 +99,8 @@ class Planner:
         found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
         if way.decode == "host":
             found["decode"] = self._on_host(found["decode"], work.decode["whole"], work.host_bytes)
+        if way.offload == "group":
+            found["text"] += self.machine.pinning_seconds(sum(self.weights.text))
         return {stage: seconds + copied[stage] for stage, seconds in found.items()}
 
     def _guidance(self, work: Work, way: Memory) -> float:
