@@ -138,18 +138,18 @@ KEY = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, _: tensors.pop(KEY), r"matrices 1 missing \(transformer_blocks.0.attn.to_q.lora_A.weight\)"),
+        (lambda tensors, _: tensors.pop(KEY), r"1 are missing \(transformer_blocks.0.attn.to_q.lora_A.weight\)"),
         (
             lambda tensors, _: tensors.update({KEY.replace("blocks.0", "blocks.7"): tensors[KEY] + 0}),
-            r"matrices 1 unexpected \(transformer_blocks.7.attn.to_q.lora_A.weight\)",
+            r"1 are unexpected \(transformer_blocks.7.attn.to_q.lora_A.weight\)",
         ),
         (
             lambda tensors, _: tensors.update({KEY: torch.zeros(4, 48)}),
-            r"1 of another size \(transformer_blocks.0.attn.to_q.lora_A.weight is \[4, 48\] instead of \[4, 32\]\)",
+            r"1 are of another size \(transformer_blocks.0.attn.to_q.lora_A.weight is \[4, 48\] instead of \[4, 32\]\)",
         ),
         (
             lambda _, record: record.update(rank=8),
-            r"2 double and 2 single blocks of width 32; .* 40 of another",
+            r"2 double and 2 single blocks of width 32. .* 40 are of another",
         ),
         (lambda _, record: record.pop("rank"), "does not say its rank"),
     ],

@@ -141,13 +141,13 @@ def test_a_name_for_our_own_is_said_to_be_ignored(pipeline, own_file, caplog):
     [
         (
             {"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": (2, 32)},
-            r"1 unexpected \(transformer_blocks.7.*lora_A",
+            r"1 are unexpected \(transformer_blocks.7.*lora_A",
         ),
         (
             {"transformer.x_embedder.lora_A.weight": (2, 64)},
             r"does not fit .* \[2, 64\] instead of \[2, 128\]",
         ),
-        ({"transformer.x_embedder.lora_A.weight": (2, 128)}, r"1 missing \(x_embedder.lora_B.weight\)"),
+        ({"transformer.x_embedder.lora_A.weight": (2, 128)}, r"1 are missing \(x_embedder.lora_B.weight\)"),
         ({"transformer.x_embedder.lora_magnitude_vector": (32,)}, "no LoRA matrices"),
         (
             {

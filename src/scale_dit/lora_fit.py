@@ -63,10 +63,10 @@ def check_shapes(transformer: Any, tensors: Mapping[str, Tensor], expected: Shap
         if name in tensors and tensors[name].shape != shape
     ]
     kinds = (("unexpected", unknown), ("missing", missing), ("of another size", other))
-    problems = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names]
+    problems = [f"{len(names)} are {kind} ({_first(names)})" for kind, names in kinds if names]
     if problems:
         raise UserError(
-            f"{source} does not fit this base, {_described(transformer)}; matrices {'; '.join(problems)}. "
+            f"{source} does not fit this base, {_described(transformer)}. Of the matrices, {', '.join(problems)}. "
             f"Select the base that it was trained for (base=...), or a LoRA of this one."
         )
 
