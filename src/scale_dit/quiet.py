@@ -28,11 +28,14 @@ HARMLESS_LOG_LINES = (
     "GPU available: False",
     # An empty list of modules.
     "that should be kept in float32: []",
+    # T5's embedding has two names, and is called by the other.
+    "unexecuted_layers=['shared']",
 )
 FILTERED_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "diffusers.models.modeling_utils",
+    "diffusers.hooks.group_offloading",
 )
 
 
