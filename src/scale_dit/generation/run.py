@@ -246,7 +246,7 @@ def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
 
 
 def _work(setup: Setup, picture: Picture, stage: str) -> Mapping[str, float]:
-    """Tokens times steps of each stage of one picture."""
+    """Tokens times steps of each stage of one picture; a photo that stands for the draft takes no steps."""
     recipe = setup.recipe(picture)
     layout, draft = recipe.plan.layout, recipe.draft_plan.layout
     refine_step, draft_step = layout.text + layout.image.tokens, draft.text + draft.image.tokens
@@ -257,5 +257,6 @@ def _work(setup: Setup, picture: Picture, stage: str) -> Mapping[str, float]:
     if setup.remake is not None:
         share = share_of_boxes(setup.remake.chosen(layout, setup.base.token_size), layout)
         return {"refine": share * recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}
-    drafting = {"draft": float(recipe.draft_steps * draft_step)} if recipe.needs_draft else {}
     return {**drafting, "refine": recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}
+    drafts = recipe.needs_draft and setup.photo is None
+    drafting = {"draft": float(recipe.draft_steps * draft_step)} if drafts else {}
