@@ -69,12 +69,19 @@ class StagedPipeline(LoadedPipeline):
         after_step: AfterStep | None = None,
     ) -> Tensor:
         """Make the drafts."""
+        return self.resume_draft(prompts, recipe, self.noise(recipe.draft_plan, generators), 0, after_step)
+
+    @torch.no_grad()
+    def resume_draft(
+        self, prompts: Prompts, recipe: Recipe, latents: Tensor, first_step: int, after_step: AfterStep | None = None
+    ) -> Tensor:
+        """Go on with drafts of which `first_step` steps are done, from the latents that they led to."""
         plan = recipe.draft_plan
         stage = Stage(self.base, plan, prompts.text, prompts.negative, recipe.draft_guidance_scale)
         if recipe.wrap != "none":
             still = stage
             stage = replace(stage, moved=lambda step: (still, recipe.draft_shift(step)))
-        return stage.sample(self.noise(plan, generators), recipe.draft_scheduler(self._execution_device), after_step)
+        return stage.sample(latents, recipe.draft_scheduler(self._execution_device, first_step), after_step)
 
     @torch.no_grad()
     def refine(

@@ -121,9 +121,9 @@ class Recipe:
         """Of the refinement, from a step on."""
         return make_scheduler(self.steps, self.base.shift, self.start, device, first_step)
 
-    def draft_scheduler(self, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-        """Of the draft."""
-        return make_scheduler(self.draft_steps, self.base.shift, 1.0, device)
+    def draft_scheduler(self, device: torch.device, first_step: int = 0) -> FlowMatchEulerDiscreteScheduler:
+        """Of the draft, from a step on."""
+        return make_scheduler(self.draft_steps, self.base.shift, 1.0, device, first_step)
 
 
 def native_scale(base: BaseSettings, height: int, width: int) -> float:

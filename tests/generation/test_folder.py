@@ -54,8 +54,7 @@ def test_pictures_of_another_run_are_not_overwritten(tmp_path, change):
 @pytest.mark.parametrize("kind", ["draft", "refine"])
 def test_steps_of_another_run_are_not_overwritten(tmp_path, kind):
     folder, other = (OutputFolder(tmp_path, {"sampling": {"draft_steps": steps}}) for steps in (2, 3))
-    digest = folder.draft_fingerprint if kind == "draft" else folder.latents_fingerprint
-    folder.latents.save(f"{PICTURES[1].stem}.{kind}", torch.zeros(1, 4, 2, 4), 1, digest(PICTURES[1]))
+    folder.save(PICTURES[1], kind, torch.zeros(1, 4, 2, 4), 1)
     assert folder.pending(PICTURES) == PICTURES
     with pytest.raises(UserError, match=rf"{kind}.safetensors are steps of other settings.*overwrite=true"):
         other.pending(PICTURES)

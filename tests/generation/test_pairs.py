@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
-from test_stages import Stop
+from small_runs import Stop
 from training_runs import ROOT, SMALL_BASE, command_environment, overrides
 
 from scale_dit.data.cache import CachedLatents

@@ -10,8 +10,9 @@ from small_bases import SETTINGS, noise
 
 from scale_dit.data import decode
 from scale_dit.errors import UserError
-from scale_dit.generation import DraftPhoto, Picture, Prompt, Sampling, collect_pictures, generate
+from scale_dit.generation import DraftPhoto, Picture, Prompt, Sampling, collect_pictures, generate, run
 from scale_dit.generation.photo import PhotoLatents
+from scale_dit.generation.progress import GenerationProgress
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, read_provenance, save_picture
 from scale_dit.pipeline import ScaleDiTPipeline
@@ -68,6 +69,23 @@ def test_the_picture_depends_on_photo_and_strength_and_says_so(small_settings, t
     (tmp_path / "weak" / "pictures.jsonl").unlink()
     with pytest.raises(UserError, match="other settings"):
         make("weak", 0.05, 1)
+
+
+def test_it_is_no_step_of_a_draft_to_the_progress_bar(small_settings, tmp_path, monkeypatch):
+    bars = []
+
+    class Kept(GenerationProgress):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            bars.append(self)
+
+    monkeypatch.setattr(run, "GenerationProgress", Kept)
+    for own in (photo(tmp_path / "a.png"), None):
+        options = {"photo": own, "console": Console(quiet=True)}
+        generate([PICTURE], small_settings, Method(), Sampling(steps=1), tmp_path / f"{own is None}", **options)
+    assert [list(bar.work[0]) for bar in bars] == [["refine", "decode"], ["draft", "refine", "decode"]]
+    for bar in bars:
+        assert bar.estimate.left() == 0, "all of the work was done by a step"
 
 
 def test_sizes_are_of_its_aspect(tmp_path):

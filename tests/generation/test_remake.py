@@ -1,9 +1,8 @@
-"""Windows of a finished picture made anew, prompts for windows, and joined edges, as the command makes them."""
+"""Windows of a finished picture made anew, as the command makes them."""
 
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,49 +11,18 @@ import pytest
 import torch
 from commands import run as run_command
 from PIL import Image
-from rich.console import Console
+from small_runs import LARGE, METHOD, SAMPLING_OF_LARGE, STAR, changed
 
 from scale_dit.data import decode
 from scale_dit.errors import UserError
-from scale_dit.generation import Files, Job, Picture, Remake, Sampling, collect_pictures, generate, read_prompts
+from scale_dit.generation import Files, Job, Remake
 from scale_dit.generation.remake import FinishedPicture
 from scale_dit.generation.resume import remake_arguments
-from scale_dit.generation.window_prompts import read_window_prompts
-from scale_dit.local_control import WindowPrompt
-from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, read_provenance, save_picture
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
 
-METHOD = Method(order="hilbert")
-SAMPLING = Sampling(steps=3, draft_steps=2)
-PICTURE = Picture(0, "a large red circle on sand", "", 0, 256, 512)
 BOX = [[64, 64, 65, 65]]
-STAR = WindowPrompt((0, 0, 64, 64), "a small blue star on grass")
-
-
-@pytest.fixture(scope="module")
-def make(small_settings, tmp_path_factory):
-    """Runs `generate` with latents kept, and returns the picture's file."""
-    parent = tmp_path_factory.mktemp("remake")
-
-    def run(folder: str, picture: Picture = PICTURE, sampling: Sampling = SAMPLING, **options) -> Path:
-        options = {"files": Files(keep_latents=True), "console": Console(quiet=True), **options}
-        (file,) = generate([picture], small_settings, METHOD, sampling, parent / folder, **options)
-        return file
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(make) -> Path:
-    """A picture, its latents beside it."""
-    return make("finished")
-
-
-def changed(before: Path, after: Path) -> np.ndarray:
-    """Where two pictures differ, `[H, W]`."""
-    return (load_picture(before) != load_picture(after)).any(0).numpy()
 
 
 def window(small_settings) -> int:
@@ -62,33 +30,33 @@ def window(small_settings) -> int:
     return METHOD.plan(small_settings, 256, 512).layout.window * small_settings.token_size
 
 
-def test_only_the_window_that_a_box_touches_changes(make, finished, small_settings):
+def test_only_the_window_that_a_box_touches_changes(make_large, finished, small_settings):
     side = window(small_settings)
     where = np.zeros((256, 512), dtype=bool)
     where[64 // side * side :, 64 // side * side :][:side, :side] = True
     assert side < 256
-    file = make("one", remake=Remake(FinishedPicture(finished), BOX))
+    file = make_large("one", remake=Remake(FinishedPicture(finished), BOX))
     difference = changed(finished, file)
     assert not difference[~where].any()
     assert difference[where].mean() > 0.5
     assert read_provenance(file)["settings"]["remake"]["kept"] == {"latents": True, "draft": True}
     mask = finished.with_name("mask.png")
     Image.fromarray(np.uint8(255 * where)).save(mask)
-    by_mask = make("mask", remake=Remake(FinishedPicture(finished), mask=mask))
+    by_mask = make_large("mask", remake=Remake(FinishedPicture(finished), mask=mask))
     assert torch.equal(load_picture(by_mask), load_picture(file))
 
 
-def test_a_remade_picture_is_remade_in_turn(make, finished):
-    first = make("first", remake=Remake(FinishedPicture(finished), BOX))
-    second = make("second", remake=Remake(FinishedPicture(first), [[448, 192, 512, 256]]))
+def test_a_remade_picture_is_remade_in_turn(make_large, finished):
+    first = make_large("first", remake=Remake(FinishedPicture(finished), BOX))
+    second = make_large("second", remake=Remake(FinishedPicture(first), [[448, 192, 512, 256]]))
     assert read_provenance(second)["settings"]["remake"]["kept"] == {"latents": True, "draft": True}
     difference = changed(first, second)
     assert difference.any()
     assert not difference[:128, :256].any()
 
 
-def test_what_is_put_in_is_what_decoding_the_whole_would_show(make, finished, small_settings):
-    file = make("near", remake=Remake(FinishedPicture(finished), BOX))
+def test_what_is_put_in_is_what_decoding_the_whole_would_show(make_large, finished, small_settings):
+    file = make_large("near", remake=Remake(FinishedPicture(finished), BOX))
     latents = FinishedPicture(file).latents(read_provenance(file)["settings"])
     pipeline = ScaleDiTPipeline.from_pretrained(small_settings.path, settings=small_settings)
     whole = pipeline.decode(latents)[0]
@@ -99,18 +67,18 @@ def test_what_is_put_in_is_what_decoding_the_whole_would_show(make, finished, sm
     assert torch.equal(load_picture(file)[:, inside, inside], shown[:, inside, inside])
 
 
-def test_every_remake_draws_noise_of_its_own(make, finished):
+def test_every_remake_draws_noise_of_its_own(make_large, finished):
     remake = Remake(FinishedPicture(finished), BOX)
-    once = make("once", remake=remake)
-    twice = make("twice", remake=Remake(FinishedPicture(once), BOX))
-    other = make("other", replace(PICTURE, seed=1), remake=remake)
+    once = make_large("once", remake=remake)
+    twice = make_large("twice", remake=Remake(FinishedPicture(once), BOX))
+    other = make_large("other", replace(LARGE, seed=1), remake=remake)
     inside = slice(80, 112)
     assert changed(once, twice)[inside, inside].mean() > 0.5
     assert changed(once, other)[inside, inside].mean() > 0.5
 
 
-def test_latents_are_of_the_file_as_it_is_and_of_the_same_base(make):
-    made = make("painted")
+def test_latents_are_of_the_file_as_it_is_and_of_the_same_base(make_large):
+    made = make_large("painted")
     settings = read_provenance(made)["settings"]
     assert FinishedPicture(made).latents(settings) is not None
     assert FinishedPicture(made).draft(settings) is not None
@@ -125,19 +93,19 @@ def test_latents_are_of_the_file_as_it_is_and_of_the_same_base(make):
     assert FinishedPicture(made).draft(settings) is None
 
 
-def test_the_source_and_its_run_are_left_alone(make, finished):
+def test_the_source_and_its_run_are_left_alone(make_large, finished):
     before = {file: file.read_bytes() for file in finished.parent.rglob("*") if file.is_file()}
     source = FinishedPicture(finished)
     wrong = {
         "is the folder of": {"folder": "finished", "remake": Remake(source, BOX)},
         "inside the picture": {"folder": "finished2", "remake": Remake(source, [[0, 0, 9999, 9]])},
         "quality=80 would change": {"folder": "lossy", "remake": Remake(source, BOX), "files": Files("webp", 80)},
-        "leave out height=128": {"folder": "x", "remake": Remake(source, BOX), "picture": replace(PICTURE, height=128)},
+        "leave out height=128": {"folder": "x", "remake": Remake(source, BOX), "picture": replace(LARGE, height=128)},
         "but stage=decode": {"folder": "drafts", "remake": Remake(source, BOX), "job": Job(stage="draft")},
     }  # fmt: skip
     for message, options in wrong.items():
         with pytest.raises(UserError, match=message):
-            make(**options, overwrite=True)
+            make_large(**options, overwrite=True)
     assert {file: file.read_bytes() for file in finished.parent.rglob("*") if file.is_file()} == before
     assert not (finished.parent.parent / "finished2").exists()
 
@@ -170,23 +138,23 @@ def test_the_command_takes_over_what_the_picture_was_made_with(finished, tmp_pat
     assert read_provenance(third)["settings"]["remake"]["kept"] == {"latents": True, "draft": True}
 
 
-def test_a_picture_by_somebody_else_is_its_own_draft(make, small_settings, tmp_path):
+def test_a_picture_by_somebody_else_is_its_own_draft(make_large, small_settings, tmp_path):
     picture = torch.rand(3, 256, 512, generator=torch.Generator().manual_seed(0))
     save_picture(picture, tmp_path / "theirs.png")
     theirs = FinishedPicture(tmp_path / "theirs.png")
     assert theirs.picture is None
     with pytest.raises(UserError, match=r"theirs.png does not say what it shows: say it with prompt="):
         Remake(theirs, BOX).prompt()
-    file = make("theirs", sampling=replace(SAMPLING, start=0.5), remake=Remake(theirs, BOX))
+    file = make_large("theirs", sampling=replace(SAMPLING_OF_LARGE, start=0.5), remake=Remake(theirs, BOX))
     difference = changed(tmp_path / "theirs.png", file)
     assert difference.any()
     assert not difference[:, 256:].any()
     assert not difference[128:].any()
 
 
-def test_an_interrupted_remake_goes_on_bit_by_bit(make, finished, monkeypatch):
+def test_an_interrupted_remake_goes_on_bit_by_bit(make_large, finished, monkeypatch):
     remake = Remake(FinishedPicture(finished), BOX)
-    undisturbed = make("undisturbed", remake=remake)
+    undisturbed = make_large("undisturbed", remake=remake)
     from scale_dit.generation import maker
 
     saved, keep = [], maker.LatentsKeeper.after_step
@@ -200,37 +168,38 @@ def test_an_interrupted_remake_goes_on_bit_by_bit(make, finished, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(maker.LatentsKeeper, "after_step", stop)
         with pytest.raises(SystemExit):
-            make("interrupted", remake=remake)
+            make_large("interrupted", remake=remake)
     steps = []
     with monkeypatch.context() as patch:
         patch.setattr(maker.LatentsKeeper, "after_step", lambda self, *step: steps.append(step[0]) or keep(self, *step))
-        resumed = make("interrupted", remake=remake, job=Job(resume=True))
+        resumed = make_large("interrupted", remake=remake, job=Job(resume=True))
     assert (saved, steps) == ([0, 1], [2])
     assert torch.equal(load_picture(resumed), load_picture(undisturbed))
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["kept", "somebody else's"])
-def test_decoding_alone_makes_the_same_picture(make, finished, tmp_path, monkeypatch, keeps):
+def test_decoding_alone_makes_the_same_picture(make_large, finished, tmp_path, monkeypatch, keeps):
     """Also where the source has no latents, so that it is encoded as its own draft."""
     if not keeps:
         save_picture(load_picture(finished), tmp_path / "theirs.png")
     remake = Remake(FinishedPicture(finished if keeps else tmp_path / "theirs.png"), BOX)
-    whole, name = make(f"whole {keeps}", remake=remake), f"decoded {keeps}"
+    whole, name = make_large(f"whole {keeps}", remake=remake), f"decoded {keeps}"
     with monkeypatch.context() as patch:
         patch.setattr(ScaleDiTPipeline, "decode_bands", lambda *_: [][0])
         with pytest.raises(IndexError):
-            make(name, remake=remake)
+            make_large(name, remake=remake)
     job, refinement = Job(stage="decode", resume=True), []
     monkeypatch.setattr(ScaleDiTPipeline, "remake", lambda *_, **__: refinement.append(1))
-    decoded = make(name, remake=remake, job=job)
+    decoded = make_large(name, remake=remake, job=job)
     assert torch.equal(load_picture(decoded), load_picture(whole))
     assert read_provenance(decoded)["fingerprint"] == read_provenance(whole)["fingerprint"]
-    again = make(name, remake=remake, job=job, files=Files("tiff", keep_latents=True))
+    again = make_large(name, remake=remake, job=job, files=Files("tiff", keep_latents=True))
     assert torch.equal(load_picture(again), load_picture(whole))
     assert not refinement
     turn = FinishedPicture(again).latents(read_provenance(whole)["settings"])
     assert torch.equal(turn, FinishedPicture(whole).latents(read_provenance(whole)["settings"]))
     assert FinishedPicture(again).draft(read_provenance(whole)["settings"]) is not None
+    assert FinishedPicture(decoded).latents(read_provenance(whole)["settings"]) is not None, "one format beside another"
 
 
 def test_the_options_of_the_run_are_taken_over_but_not_what_it_made(tmp_path):
@@ -284,93 +253,20 @@ def test_sources_and_masks_above_pillows_limit_are_taken_and_those_above_ours_re
 
 
 @pytest.mark.parametrize("kind", ["png16", "tiff16"])
-def test_a_picture_of_16_bits_is_refused(make, kind):
-    file = make(kind, files=Files(format=kind))
+def test_a_picture_of_16_bits_is_refused(make_large, kind):
+    file = make_large(kind, files=Files(format=kind))
     with pytest.raises(UserError, match="has 16 bits a value"):
         FinishedPicture(file)
 
 
-def test_a_window_shows_its_own_prompt(make, finished):
-    file = make("star", replace(PICTURE, window_prompts=(STAR,)))
-    assert changed(finished, file).any()
-    assert read_provenance(file)["window_prompts"] == [{"box": [0, 0, 64, 64], "prompt": STAR.prompt}]
-    assert FinishedPicture(file).picture.window_prompts == (STAR,)
-    listed = read_prompts(file.parent / "pictures.jsonl")
-    assert not listed.unknown_fields
-    assert listed.prompts[0].window_prompts == (STAR,)
-
-
-def test_window_prompts_are_encoded_before_text_encoders_are_dropped(make):
-    memory = Memory(offload="text", feed_forward_tokens=0, keys_values="device")
-    here, dropped = (make(name, replace(PICTURE, window_prompts=(STAR,)), memory=each) for name, each in (
-        ("kept", Memory()), ("dropped", memory),
-    ))  # fmt: skip
-    assert torch.equal(load_picture(here), load_picture(dropped))
-
-
-def test_prompts_of_windows_are_read_from_files(tmp_path, small_settings, caplog):
-    good = [{"box": [0, 0, 64, 64], "prompt": STAR.prompt}]
-    lines = [
-        {"prompt": "one", "window_prompts": good},
-        {"prompt": "two", "window_prompts": [{"box": [0, 0, 64, 64]}]},
-        {"prompt": "three", "window_prompts": [{"box": [0, 0, 9999, 64], "prompt": "a star"}]},
-        {"prompt": "four"},
-    ]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    quoted = json.dumps(good).replace('"', '""')
-    (tmp_path / "p.csv").write_text(f'prompt,window_prompts\none,"{quoted}"\n')
-    assert read_prompts(tmp_path / "p.csv").prompts[0].window_prompts == (STAR,)
-    found = read_prompts(tmp_path / "p.jsonl")
-    assert found.broken == [
-        "p.jsonl, line 2: window_prompts holds {'box': [0, 0, 64, 64]}, which is not a box and a prompt: use "
-        '[{"box": [left, top, right, bottom], "prompt": "a blue star"}], the box in px'
-    ]
-    other = WindowPrompt((0, 0, 16, 16), "grass")
-    with caplog.at_level(logging.WARNING):
-        pictures = collect_pictures(
-            found.prompts, small_settings, METHOD, SAMPLING, height=256, width=512, window_prompts=[other]
-        )
-    assert [(each.prompt, each.window_prompts) for each in pictures] == [("one", (STAR,)), ("four", (other,))]
-    assert "p.jsonl, line 3: the box [0, 0, 9999, 64]" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "value", ["[{box: [0, 0", "5", "a star", ["a star"], '[{"box": [0, 0, 1.5, 8], "prompt": "a star"}]']
-)
-def test_prompts_of_windows_that_are_none_are_named(value):
-    with pytest.raises(UserError, match="box"):
-        read_window_prompts(value)
-
-
-def test_joined_edges_are_refused_with_a_decoder_that_has_edges(small_settings, tmp_path):
-    with pytest.raises(UserError, match=r"decode mode 'tiled' cannot join edges \(wrap=both\)"):
-        generate(
-            [PICTURE], small_settings, METHOD, replace(SAMPLING, wrap="both"), tmp_path, memory=Memory(decode="tiled")
-        )
-    with pytest.raises(UserError, match="unknown wrap 'vertical'"):
-        generate([PICTURE], small_settings, METHOD, replace(SAMPLING, wrap="vertical"), tmp_path)
-
-
-def test_a_picture_whose_edges_join_is_the_same_from_python(make, small_settings):
-    file = make("joined", sampling=replace(SAMPLING, wrap="horizontal"))
-    pipeline = ScaleDiTPipeline.from_pretrained(small_settings.path, settings=small_settings)
-    pipeline.method = METHOD
-    picture = pipeline(
-        PICTURE.prompt, PICTURE.height, PICTURE.width, num_inference_steps=3, draft_steps=2, wrap="horizontal",
-        generator=torch.Generator().manual_seed(0), output_type="pt",
-    ).images[0]  # fmt: skip
-    assert torch.equal((picture * 255).round().to(torch.uint8), load_picture(file))
-    assert changed(file, make("edges")).any()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["none", "model", "group"])
-def test_on_a_gpu_whatever_is_offloaded(make, small_settings, offload):
+def test_on_a_gpu_whatever_is_offloaded(make_large, small_settings, offload):
     options = {
-        "device": "cuda", "memory": Memory(offload=offload), "sampling": replace(SAMPLING, wrap="both"),
-        "picture": replace(PICTURE, window_prompts=(STAR,)),
+        "device": "cuda", "memory": Memory(offload=offload), "sampling": replace(SAMPLING_OF_LARGE, wrap="both"),
+        "picture": replace(LARGE, window_prompts=(STAR,)),
     }  # fmt: skip
-    before = make(f"before {offload}", **options)
-    difference = changed(before, make(f"after {offload}", remake=Remake(FinishedPicture(before), BOX), **options))
+    before = make_large(f"before {offload}", **options)
+    difference = changed(before, make_large(f"after {offload}", remake=Remake(FinishedPicture(before), BOX), **options))
     assert difference.any()
     assert not difference[:, 64 + window(small_settings) :].any()

@@ -1,6 +1,6 @@
 """From prompts to picture files."""
 
-from scale_dit.generation.folder import Files
+from scale_dit.generation.files import Files
 from scale_dit.generation.job import Job
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.pairs import PairSettings

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from scale_dit.autoencoder import Decoding
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
 from scale_dit.generation.claims import clear_once
+from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
-from scale_dit.generation.numbers import check_number
 from scale_dit.generation.pictures import Picture
 from scale_dit.generation.resume import GENERATE, resume_command
-from scale_dit.picture_files import (
-    FORMATS,
-    NotFiniteError,
-    PictureFormat,
-    fingerprint,
-    picture_format,
-    read_provenance,
-    write_picture,
-)
+from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_provenance, write_picture
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
+
+log = logging.getLogger(__name__)
 
 FINISHED = "pictures.jsonl"
 """List of the pictures of a finished run, beside them; it can be given as a prompt file again."""
@@ -42,38 +38,6 @@ OF_REFINEMENT = ("steps", "guidance_scale", "start", "low_pass", "low_pass_sched
 
 
 @dataclass(frozen=True)
-class Files:
-    """How pictures and latents are written.
-
-    Args:
-        format: One of `scale_dit.picture_files.FORMATS`.
-        quality: See `PictureFormat.check`.
-        save_every: Latents of a picture in the making are saved after so many steps.
-        keep_latents: Whether latents stay when their picture is there, to be decoded again.
-
-    Raises:
-        UserError: An unknown format, one that cannot be written here, a quality that cannot be, or less than one step.
-    """
-
-    format: str = "png"
-    quality: int | None = None
-    save_every: int = 5
-    keep_latents: bool = False
-
-    def __post_init__(self) -> None:
-        check_number("quality", self.quality, whole=True)
-        check_number("save_every", self.save_every, whole=True)
-        self.kind.check(self.quality)
-        if self.save_every < 1:
-            raise UserError(f"save_every is {self.save_every}, but it must be at least 1 step")
-
-    @property
-    def kind(self) -> PictureFormat:
-        """The format."""
-        return picture_format(self.format)
-
-
-@dataclass(frozen=True)
 class OutputFolder:
     """Where the pictures of one run go.
 
@@ -82,12 +46,14 @@ class OutputFolder:
         settings: What all its pictures share and what decides what they look like; plain values.
         files: How they are written.
         config: The resolved config, for the pictures' metadata.
+        decoding: How pictures are asked to be decoded.
     """
 
     path: Path
     settings: Mapping[str, Any]
-    files: Files = Files()
+    files: Files = field(default_factory=Files)
     config: Mapping[str, Any] | None = None
+    decoding: Decoding = field(default_factory=Decoding)
 
     program: ClassVar[str] = GENERATE
     texts: ClassVar[tuple[str, ...]] = ()
@@ -114,10 +80,28 @@ class OutputFolder:
         """What the picture says that it was made with; `None` if it is not there as a whole file."""
         return read_provenance(self.file(picture))
 
-    def finished_latents(self, picture: Picture, steps: int) -> Tensor | None:
-        """A picture's latents behind all of its steps, as saved; `None` if they are not there."""
-        saved = self.latents.load(f"{picture.stem}.refine", self.latents_fingerprint(picture))
+    def is_as_asked(self, picture: Picture) -> bool:
+        """Whether the picture is there, as a whole file that was written as this run writes files."""
+        provenance = self.provenance(picture)
+        return provenance is not None and self.files.made(provenance, self.decoding)
+
+    def saved(self, picture: Picture, stage: str) -> tuple[Tensor, int] | None:
+        """Latents of the stage `draft` or `refine`, and the steps that led to them; `None` if there are none."""
+        return self.latents.load(f"{picture.stem}.{stage}", self.digest(picture, stage))
+
+    def finished(self, picture: Picture, stage: str, steps: int) -> Tensor | None:
+        """Latents behind all `steps` of the stage `draft` or `refine`; `None` if they are not there."""
+        saved = self.saved(picture, stage)
         return saved[0] if saved is not None and saved[1] == steps else None
+
+    def save(self, picture: Picture, stage: str, latents: Tensor, step: int) -> None:
+        """Save the latents that so many steps of the stage `draft` or `refine` led to.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        with writing(self):
+            self.latents.save(f"{picture.stem}.{stage}", latents, step, self.digest(picture, stage))
 
     def draft_file(self, picture: Picture) -> Path:
         """Where a preview of its draft goes."""
@@ -132,17 +116,20 @@ class OutputFolder:
             UserError: A picture is too large for the format; or the folder cannot be written, or has no locks.
         """
         self._check_sizes(pictures)
-        made = [self._fingerprint(picture) for picture in pictures]
-        job = fingerprint({"files": asdict(self.files), "commit": commit()}, " ".join(made), 0)
+        made = [self.digest(picture) for picture in pictures]
+        how = {"files": asdict(self.files), "decoding": asdict(self.decoding), "commit": commit()}
+        job = fingerprint(how, " ".join(made), 0)
         with writing(self):
             self.path.mkdir(parents=True, exist_ok=True)
             clear_once(self.path, job, (self.path / FINISHED).is_file, self.remove_earlier)
 
-    def pending(self, pictures: Sequence[Picture], goes_on: bool = False) -> list[Picture]:
+    def pending(self, pictures: Sequence[Picture], goes_on: bool = False, rewrites: bool = False) -> list[Picture]:
         """The pictures that are not there yet.
 
         Args:
             goes_on: A finished run is what the folder may hold.
+            rewrites: Files that were written in another way than this run's count as missing; else they stay, and a
+                warning says so.
 
         Raises:
             UserError: The folder holds a finished run, or pictures or latents of another one; or the disk is too small
@@ -152,7 +139,7 @@ class OutputFolder:
         remedy = "choose another folder (output=...), or give overwrite=true"
         if (self.path / FINISHED).is_file() and not goes_on:
             raise UserError(f"{self.path} holds a finished run already: {remedy}")
-        missing = []
+        missing, written_otherwise = [], []
         for picture in pictures:
             file = self.file(picture)
             provenance = self.provenance(picture)
@@ -160,16 +147,36 @@ class OutputFolder:
                 missing.append(picture)
                 if (latents := self._foreign_latents(picture)) is not None:
                     raise UserError(f"{latents} are steps of other settings or another prompt: {remedy}")
-            elif provenance.get("fingerprint") != self._fingerprint(picture):
+            elif provenance.get("fingerprint") != self.digest(picture):
                 raise UserError(f"{file} was made with other settings or another prompt: {remedy}")
+            elif not self.files.made(provenance, self.decoding):
+                written_otherwise.append(picture)
+        if rewrites:
+            missing = [picture for picture in pictures if picture in (*missing, *written_otherwise)]
+        elif written_otherwise:
+            log.warning("%s", self.left_as_they_are(written_otherwise))
         self._check_space(missing)
         return missing
 
-    def keep(self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decode: str = "whole") -> None:
+    def left_as_they_are(self, pictures: Sequence[Picture]) -> str:
+        """Says of pictures that their files, which were written in another way, are not written anew, and what does."""
+        kept = all(self.latents.file(f"{picture.stem}.refine").is_file() for picture in pictures)
+        options = self.files.options(self.decoding)
+        numbers = ", ".join(str(picture.index) for picture in pictures)
+        how = "latents are there: decode them" if kept else "latents were not kept: make all pictures"
+        command = self.resume_command("stage=decode" if kept else "overwrite=true", *options)
+        return (
+            f"files that were written in another way than {' '.join(options)} stay as they are: {numbers}. Their {how} "
+            f"anew with: {command}"
+        )
+
+    def keep(
+        self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decoding: Decoding | None = None
+    ) -> None:
         """Write a picture of bands `[3, rows, W]` in [0, 1] with everything that it was made with.
 
         Args:
-            decode: The way in which it is decoded.
+            decoding: How it is decoded; by default as asked.
 
         Raises:
             UserError: It cannot be written, such as on a full disk, or is not finite.
@@ -179,14 +186,14 @@ class OutputFolder:
             return {
                 **asdict(picture),
                 "settings": dict(self.settings),
-                "fingerprint": self._fingerprint(picture),
+                "fingerprint": self.digest(picture),
                 "config": self.config,
                 "versions": versions(),
                 "commit": commit(),
                 "machine": machine(),
                 "seconds": cost.seconds,
                 "peak_bytes": cost.peak_bytes,
-                "decode": decode,
+                **self.files.record(decoding or self.decoding),
             }
 
         try:
@@ -224,19 +231,22 @@ class OutputFolder:
             write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
         return self.path / FINISHED
 
-    def draft_fingerprint(self, picture: Picture) -> str:
-        """Digest of everything that decides what a draft is."""
-        return self._digest(replace(picture, window_prompts=()), self._without(*OF_REFINEMENT) | {"method": None})
+    def digest(self, picture: Picture, stage: str = "refine") -> str:
+        """Digest of everything that decides the latents of the stage `draft` or `refine`.
 
-    def latents_fingerprint(self, picture: Picture) -> str:
-        """Digest of everything that decides what a picture's latents are: all but the way they are decoded."""
-        return self._digest(picture, self._without("decode_tile"))
+        What the picture's file shows is decided by the latter, but for the way in which it is decoded.
+        """
+        settings = self._without("decode_tile")
+        if stage == "draft":
+            picture, settings = replace(picture, window_prompts=()), self._without(*OF_REFINEMENT) | {"method": None}
+        own = asdict(picture)
+        del own["index"], own["prompt"], own["seed"]
+        return fingerprint({**settings, **own}, picture.prompt, picture.seed)
 
     def _foreign_latents(self, picture: Picture) -> Path | None:
         """Saved latents of the picture or its draft that another run would go on from."""
-        digests = {"draft": self.draft_fingerprint(picture), "refine": self.latents_fingerprint(picture)}
-        for kind, digest in digests.items():
-            if self.latents.are_foreign(name := f"{picture.stem}.{kind}", digest):
+        for stage in ("draft", "refine"):
+            if self.latents.are_foreign(name := f"{picture.stem}.{stage}", self.digest(picture, stage)):
                 return self.latents.file(name)
         return None
 
@@ -244,15 +254,6 @@ class OutputFolder:
         """The settings without some of the sampling's."""
         sampling = {name: value for name, value in self.settings.get("sampling", {}).items() if name not in names}
         return {**self.settings, "sampling": sampling}
-
-    def _fingerprint(self, picture: Picture) -> str:
-        return self._digest(picture, self.settings)
-
-    @staticmethod
-    def _digest(picture: Picture, settings: Mapping[str, Any]) -> str:
-        own = asdict(picture)
-        del own["index"], own["prompt"], own["seed"]
-        return fingerprint({**settings, **own}, picture.prompt, picture.seed)
 
     def remove_earlier(self) -> None:
         """What lies in the folder afterwards is one run's; files of other names are left alone."""

@@ -67,17 +67,22 @@ class SavedLatents:
         self.file(name).unlink(missing_ok=True)
 
     def tie(self, name: str, picture: Path) -> None:
-        """Note which picture's file a picture's latents, which stay, lead to.
+        """Note a file that a picture's latents, which stay, led to: one picture can be there in several formats.
 
         Raises:
             OSError: As the file system says.
         """
-        write_atomically(self._tie(name), sha256_of(picture) + "\n")
+        ties = dict.fromkeys([*self._ties(name), sha256_of(picture)])
+        write_atomically(self._tie(name), "".join(f"{tie}\n" for tie in ties))
 
     def led_to(self, name: str, picture: Path) -> bool:
-        """Whether a file is the one that these latents led to: it may have been painted over since."""
+        """Whether a file is one that these latents led to: it may have been painted over since."""
+        ties = self._ties(name)
+        return bool(ties) and sha256_of(picture) in ties
+
+    def _ties(self, name: str) -> list[str]:
         tie = self._tie(name)
-        return tie.is_file() and tie.read_text().strip() == sha256_of(picture)
+        return tie.read_text().split() if tie.is_file() else []
 
     def _tie(self, name: str) -> Path:
         return self.folder / f"{name}.sha256"

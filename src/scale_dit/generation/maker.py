@@ -45,7 +45,12 @@ class Workshop:
 
 
 class Making:
-    """One picture in the making. What its stages cost is in `cost`; one that is taken from disk is not among them."""
+    """One picture in the making.
+
+    Attributes:
+        cost: What its stages cost; one that is taken from disk is not among them.
+        resumed: Whether steps of a stage were on disk.
+    """
 
     decode_remedy: ClassVar[tuple[str, ...]] = ("stage=decode", "memory.decode=tiled")
 
@@ -56,6 +61,7 @@ class Making:
             self.pipeline.settings, self.pipeline.method, picture.height, picture.width
         )
         self.cost = StageCost()
+        self.resumed = False
 
     def is_whole(self, stage: str) -> bool:
         """Whether every stage ran, so that the cost is that of a picture, or of a draft where `stage` is `draft`."""
@@ -94,20 +100,22 @@ class Making:
         Raises:
             UserError: The disk is full, or memory runs out; what is saved stays.
         """
-        latents = self.folder.finished_latents(self.picture, self.recipe.steps)
+        latents = self.folder.finished(self.picture, "refine", self.recipe.steps)
         if latents is not None:
             self._decode(latents.to(self._device))
 
-    @property
-    def resumed(self) -> bool:
-        """Whether there were latents of the picture."""
-        return self._saved is not None
+    def _saved(self, stage: str) -> tuple[Tensor, int] | None:
+        """Latents of the stage `draft` or `refine`, and the steps that led to them; `None` if it begins anew."""
+        found = self.folder.saved(self.picture, stage)
+        if found is None:
+            return None
+        self.resumed = True
+        return found[0].to(self._device), found[1]
 
-    @cached_property
-    def _saved(self) -> tuple[Tensor, int] | None:
-        """Latents of the picture and the steps that led to them."""
-        found = self.folder.latents.load(f"{self.picture.stem}.refine", self.folder.latents_fingerprint(self.picture))
-        return None if found is None else (found[0].to(self._device), found[1])
+    def _keeper(self, stage: str) -> LatentsKeeper:
+        """What saves the steps of the stage `draft` or `refine`."""
+        steps = self.recipe.draft_steps if stage == "draft" else self.recipe.steps
+        return LatentsKeeper(self.folder, self.picture, stage, steps, self.report)
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -118,30 +126,29 @@ class Making:
 
     @cached_property
     def _drafted(self) -> PhotoLatents:
-        """The draft: the photo, or what is on disk, or a new one."""
+        """The draft: the photo, or made from what is on disk, or a new one."""
         if self.photo is not None:
             with self._cost("draft"):
                 return self.photo.latents(self.pipeline, self.recipe)
-        name, digest = f"{self.picture.stem}.draft", self.folder.draft_fingerprint(self.picture)
-        if (saved := self.folder.latents.load(name, digest)) is not None:
-            return PhotoLatents(saved[0].to(self._device), None)
-        prompts, steps = self.prompts, self.recipe.draft_steps
-        with self._cost("draft"):
-            latents = self.pipeline.draft(
-                prompts, self.recipe, [self._generator()], lambda index, *_: self.report("draft", index + 1, steps)
-            )
-        with writing(self.folder):
-            self.folder.latents.save(name, latents, steps, digest)
+        recipe, saved = self.recipe, self._saved("draft")
+        if saved is not None and saved[1] == recipe.draft_steps:
+            return PhotoLatents(saved[0], None)
+        with enough_memory("draft", self.folder, "memory=least"):
+            prompts, keeper = self.prompts, self._keeper("draft")
+            with self._cost("draft"), keeper.saving():
+                if saved is not None:
+                    latents = self.pipeline.resume_draft(prompts, recipe, *saved, keeper.after_step)
+                else:
+                    latents = self.pipeline.draft(prompts, recipe, [self._generator()], keeper.after_step)
         return PhotoLatents(latents, None)
 
     def _refined(self) -> Tensor:
         """Finished latents, from what is on disk or from the draft."""
-        recipe, saved = self.recipe, self._saved
+        recipe, saved = self.recipe, self._saved("refine")
         if saved is not None and saved[1] == recipe.steps:
             return saved[0]
         draft, begin = (self._drafted.draft, self._drafted.begin) if recipe.needs_draft else (None, None)
-        prompts = self.prompts
-        keeper = LatentsKeeper(self.folder, self.picture, recipe.steps, self.report)
+        prompts, keeper = self.prompts, self._keeper("refine")
         with self._cost("refine"), keeper.saving():
             if saved is not None:
                 return self.pipeline.resume_refine(prompts, recipe, draft, *saved, keeper.after_step, begin=begin)
@@ -151,7 +158,7 @@ class Making:
     def keep(self, latents: Tensor) -> None:
         """Decode latents `[1, C, h, w]` and write the picture."""
         bands = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
-        self.folder.keep(self.picture, bands, self.cost, self.pipeline.decoding.mode)
+        self.folder.keep(self.picture, bands, self.cost, self.pipeline.decoding)
 
     def _decode(self, latents: Tensor) -> None:
         with enough_memory("decode", self.folder, *self.decode_remedy):
@@ -176,10 +183,10 @@ class Making:
 
 
 class LatentsKeeper:
-    """Saves the latents of a refinement: every few steps, after the last one, and when it is interrupted."""
+    """Saves the latents of the stage `draft` or `refine`: every few steps, after the last one, and on Ctrl-C."""
 
-    def __init__(self, folder: OutputFolder, picture: Picture, steps: int, report: Report):
-        self.folder, self.picture, self.steps, self.report = folder, picture, steps, report
+    def __init__(self, folder: OutputFolder, picture: Picture, stage: str, steps: int, report: Report):
+        self.folder, self.picture, self.stage, self.steps, self.report = folder, picture, stage, steps, report
         self.unsaved: tuple[Tensor, int] | None = None
 
     def after_step(self, index: int, timestep: Tensor, latents: Tensor) -> None:
@@ -188,7 +195,7 @@ class LatentsKeeper:
         self.unsaved = latents, done
         if done % self.folder.files.save_every == 0 or done == self.steps:
             self.save()
-        self.report("refine", done, self.steps)
+        self.report(self.stage, done, self.steps)
 
     def save(self) -> None:
         """Save the latents of the last step, if they are not saved yet.
@@ -198,9 +205,7 @@ class LatentsKeeper:
         """
         if self.unsaved is None:
             return
-        digest = self.folder.latents_fingerprint(self.picture)
-        with writing(self.folder):
-            self.folder.latents.save(f"{self.picture.stem}.refine", *self.unsaved, digest)
+        self.folder.save(self.picture, self.stage, *self.unsaved)
         self.unsaved = None
 
     @contextmanager

@@ -100,8 +100,8 @@ class PairFolder(OutputFolder):
             load_family(base).stock.download(base.path)  # their content names what was encoded
         settings = {**folder.settings, "pairs": json.loads(json.dumps(asdict(pairs)))}
         return cls(
-            folder.path, settings, folder.files, folder.config, pairs.fingerprint(base), frozenset(firsts.values()),
-            len(pictures),
+            folder.path, settings, folder.files, folder.config, folder.decoding, pairs.fingerprint(base),
+            frozenset(firsts.values()), len(pictures),
         )  # fmt: skip
 
     @cached_property
@@ -117,9 +117,9 @@ class PairFolder(OutputFolder):
         """What the picture says that it was made with; `None` if it or what was encoded of it is not there, whole."""
         return super().provenance(picture) if self._is_encoded(picture) else None
 
-    def pending(self, pictures: Sequence[Picture], goes_on: bool = False) -> list[Picture]:
+    def pending(self, pictures: Sequence[Picture], goes_on: bool = False, rewrites: bool = False) -> list[Picture]:
         """As of any output folder; a cache that lacks something says so from now on."""
-        missing = super().pending(pictures, goes_on)
+        missing = super().pending(pictures, goes_on, rewrites)
         if missing and (self.cache.finished or self.cache.shards != self.count):
             with writing(self):
                 self.cache.write_index(self.count, finished=False)
@@ -200,4 +200,4 @@ class PairMaking(Making):
         captions = sorted(self.folder.captions_of(self.picture))  # the order of a set differs between processes
         texts = {caption: self.prompts.text if caption else base.encode_prompts([""]) for caption in captions}
         self.folder.keep_pair(self.picture, {name: tensor[0] for name, tensor in encoded.items()}, texts)
-        self.folder.keep(self.picture, [picture[0]], self.cost, self.pipeline.decoding.mode)
+        self.folder.keep(self.picture, [picture[0]], self.cost, self.pipeline.decoding)

@@ -16,7 +16,8 @@ from torch import Tensor
 from scale_dit.data.decode import PictureError, open_picture, reading, to_rgb
 from scale_dit.errors import UserError
 from scale_dit.files import sha256_of
-from scale_dit.generation.folder import Files, OutputFolder
+from scale_dit.generation.files import Files
+from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.job import Job
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture
@@ -76,19 +77,19 @@ class FinishedPicture:
         Args:
             settings: Of a run that asks for them: another base's latents mean nothing to it.
         """
-        folder, picture = self._folder(settings), self.picture
-        if folder is None or picture is None:
-            return None
-        steps = folder.settings["sampling"]["steps"] or folder.settings["base"]["steps"]
-        return folder.finished_latents(picture, steps)
+        return self._kept("refine", "steps", settings)
 
     def draft(self, settings: Mapping[str, Any]) -> Tensor | None:
         """The draft under it, `[1, C, h, w]`, as `latents`."""
+        return self._kept("draft", "draft_steps", settings)
+
+    def _kept(self, stage: str, steps: str, settings: Mapping[str, Any]) -> Tensor | None:
+        """Latents of a stage whose number of steps is the setting `steps`."""
         folder, picture = self._folder(settings), self.picture
         if folder is None or picture is None:
             return None
-        found = folder.latents.load(f"{picture.stem}.draft", folder.draft_fingerprint(picture))
-        return None if found is None else found[0]
+        count = folder.settings["sampling"][steps] or folder.settings["base"]["steps"]
+        return folder.finished(picture, stage, count)
 
     def _folder(self, settings: Mapping[str, Any]) -> OutputFolder | None:
         """Its folder, if the same base made it and the file is what its latents led to."""

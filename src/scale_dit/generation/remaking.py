@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scale_dit.generation.folder import writing
-from scale_dit.generation.maker import LatentsKeeper, Making, Workshop
+from scale_dit.generation.maker import Making, Workshop
 from scale_dit.generation.photo import PhotoLatents
 from scale_dit.generation.pictures import Picture
 from scale_dit.generation.remake import Remake
@@ -54,12 +53,12 @@ class Remaking(Making):
         return kept.to(self._device)
 
     def _refined(self) -> Tensor:
-        recipe, saved = self.recipe, self._saved
+        recipe, saved = self.recipe, self._saved("refine")
         if saved is not None and saved[1] == recipe.steps:
             return saved[0]
         draft = self._drafted.draft if recipe.needs_draft else None
         prompts, finished = self.prompts, self._finished
-        keeper = LatentsKeeper(self.folder, self.picture, recipe.steps, self.report)
+        keeper = self._keeper("refine")
         with self._cost("refine"), keeper.saving():
             return self.pipeline.remake(
                 prompts, recipe, draft, finished, self.chosen, self._generators(), keeper.after_step, resumed=saved
@@ -73,7 +72,7 @@ class Remaking(Making):
     def keep(self, latents: Tensor) -> None:
         """Decode latents `[1, C, h, w]`, and write the picture with the chosen windows from them."""
         decoded = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
-        self.folder.keep(self.picture, self._put_in(decoded), self.cost, self.pipeline.decoding.mode)
+        self.folder.keep(self.picture, self._put_in(decoded), self.cost, self.pipeline.decoding)
         if self.folder.files.keep_latents:
             self._keep_draft()
 
@@ -94,6 +93,4 @@ class Remaking(Making):
     def _keep_draft(self) -> None:
         """Let the remade picture be made anew in turn, over the same draft."""
         if self.recipe.needs_draft:
-            name, digest = f"{self.picture.stem}.draft", self.folder.draft_fingerprint(self.picture)
-            with writing(self.folder):
-                self.folder.latents.save(name, self._drafted.draft, self.recipe.draft_steps, digest)
+            self.folder.save(self.picture, "draft", self._drafted.draft, self.recipe.draft_steps)

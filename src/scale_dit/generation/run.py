@@ -17,7 +17,8 @@ from scale_dit.device import choose_device
 from scale_dit.errors import UserError
 from scale_dit.generation.claims import Claims
 from scale_dit.generation.contact_sheet import write_contact_sheet
-from scale_dit.generation.folder import Files, OutputFolder
+from scale_dit.generation.files import TILED, Files
+from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.job import Job
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.maker import Making, Workshop
@@ -95,7 +96,7 @@ def generate(
         remake.check(pictures, Path(output), files or Files(), job, photo)
         for picture in pictures:
             remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
-    folder = OutputFolder(Path(output), setup.settings(), files or Files(), config)
+    folder = OutputFolder(Path(output), setup.settings(), files or Files(), config, setup.decoding)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
     selected, plan = job.select(pictures), None
@@ -103,7 +104,7 @@ def generate(
         _check_overwriting(folder, job, photo)
         plan = _plan(setup, selected, job)  # nothing is removed for pictures that cannot be made
         folder.clear(pictures)
-    pending = folder.pending(selected, job.goes_on)
+    pending = folder.pending(selected, job.goes_on, rewrites=job.stage == "decode")
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
     if len(pending) < len(selected):
         console.print(f"{len(selected) - len(pending)} of {len(selected)} pictures are there already")
@@ -120,7 +121,7 @@ def generate(
             plan.show_actual(console)
     if job.stage == "draft":
         return [write_contact_sheet(folder, pictures)]
-    there = [picture for picture in selected if folder.holds(picture)]
+    there = [picture for picture in selected if _is_made(picture, job.stage, folder)]
     if there == selected and (job.pick is not None or all(folder.file(each).is_file() for each in pictures)):
         folder.finish(pictures)
     return [folder.file(picture) for picture in there]
@@ -157,11 +158,24 @@ def _with_work(
         return [picture for picture in pictures if not folder.draft_file(picture).is_file()]
     if stage != "decode":
         return list(pictures)
-    finished = [picture for picture in pictures if folder.finished_latents(picture, steps) is not None]
-    left_out = [str(picture.index) for picture in pictures if picture not in finished]
-    if left_out:
-        console.print(f"pictures without finished latents are left out: {', '.join(left_out)}")
+    options = folder.files.options(folder.decoding)
+    if not pictures:
+        exact = "; what was decoded exactly is not decoded in tiles" if folder.decoding.mode == TILED else ""
+        _say(console, f"Nothing is left to decode with {' '.join(options)}{exact}. For other files give other values.")
+    finished = [picture for picture in pictures if folder.finished(picture, "refine", steps) is not None]
+    left_out = [picture for picture in pictures if picture not in finished]
+    missing = [str(picture.index) for picture in left_out if not folder.holds(picture)]
+    if missing:
+        _say(console, f"pictures without finished latents are left out: {', '.join(missing)}. Make them with:")
+        _say(console, f"  {folder.resume_command(*options)}")
+    if len(missing) < len(left_out):
+        _say(console, folder.left_as_they_are([each for each in left_out if str(each.index) not in missing]))
     return finished
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line whose brackets are no markup and whose commands can be copied."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _make_all(
@@ -184,8 +198,8 @@ def _make_all(
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:
-        console.print("Interrupted; every step is saved. Go on with:", markup=False)
-        console.print(f"  {folder.resume_command()}", markup=False, soft_wrap=True)
+        _say(console, "Interrupted; every step is saved. Go on with:")
+        _say(console, f"  {folder.resume_command()}")
         sys.exit(INTERRUPTED_STATUS)
 
 
@@ -201,7 +215,7 @@ def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgre
     if not claims.take(picture.index):
         progress.skip()
         return
-    if folder.draft_file(picture).is_file() if stage == "draft" else folder.holds(picture):
+    if _is_made(picture, stage, folder):
         claims.release(picture.index)
         progress.skip()
         return
@@ -217,6 +231,13 @@ def _make(making: Making, stage: str, claims: Claims, progress: GenerationProgre
     if plan is not None and making.is_whole(stage):
         plan.note(picture, making.cost.seconds, making.cost.peak_bytes)
     progress.end()
+
+
+def _is_made(picture: Picture, stage: str, folder: OutputFolder) -> bool:
+    """Whether a stage has nothing to do for a picture any more, such as since another process did it."""
+    if stage == "draft":
+        return folder.draft_file(picture).is_file()
+    return folder.is_as_asked(picture) if stage == "decode" else folder.holds(picture)
 
 
 @contextmanager
@@ -246,16 +267,17 @@ def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
 
 
 def _work(setup: Setup, picture: Picture, stage: str) -> Mapping[str, float]:
-    """Tokens times steps of each stage of one picture."""
+    """Tokens times steps of each stage of one picture; a photo that stands for the draft takes no steps."""
     recipe = setup.recipe(picture)
     layout, draft = recipe.plan.layout, recipe.draft_plan.layout
     refine_step, draft_step = layout.text + layout.image.tokens, draft.text + draft.image.tokens
+    drafts = recipe.needs_draft and setup.photo is None
+    drafting = {"draft": float(recipe.draft_steps * draft_step)} if drafts else {}
     if stage == "draft":
-        return {"draft": recipe.draft_steps * draft_step, "decode": DECODE_STEPS * draft_step}
+        return {**drafting, "decode": DECODE_STEPS * draft_step}
     if stage == "decode":
         return {"decode": DECODE_STEPS * refine_step}
     if setup.remake is not None:
         share = share_of_boxes(setup.remake.chosen(layout, setup.base.token_size), layout)
         return {"refine": share * recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}
-    drafting = {"draft": float(recipe.draft_steps * draft_step)} if recipe.needs_draft else {}
     return {**drafting, "refine": recipe.steps * refine_step, "decode": DECODE_STEPS * refine_step}
