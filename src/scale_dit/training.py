@@ -1,16 +1,14 @@
-"""What the entry points share: from a resolved config to running objects, and errors a person can read."""
+"""Training: from a resolved config to running objects, and on in the folder of an interrupted run."""
 
 from __future__ import annotations
 
 import errno
-import functools
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import hydra
 import lightning
@@ -19,83 +17,25 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.syntax import Syntax
 
-from scale_dit.callbacks.checkpoint import Interrupted
 from scale_dit.checkpoint_io import read_checkpoint
 from scale_dit.errors import UserError
 from scale_dit.lightning import ScaleDiTModule
 from scale_dit.loggers import MetricsFile, close_wandb
-from scale_dit.messages import print_error, print_note
 from scale_dit.planning.training_run import TrainingMemory
-from scale_dit.quiet import quiet_libraries
 from scale_dit.run_folder import (
-    FAILED,
     FINISHED,
     LAST,
     check_new,
     check_resumable,
     check_same_run,
-    resume_arguments,
     resume_command,
     write_json,
 )
 from scale_dit.run_record import add_resumption, run_record, write_run_record
-from scale_dit.sweeps import check_sweep_devices, is_first_process, is_sweep
-
-Result = TypeVar("Result")
+from scale_dit.starting import is_first_process
+from scale_dit.sweeps import check_sweep_devices, is_sweep
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-INTERRUPTED_STATUS = 130
-
-
-def entry_point(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result | None]:
-    """Errors that are the user's to mend become one message; anything else keeps its traceback.
-
-    Exit status: 2 for a `UserError`, 130 for an interrupted run. In a sweep a failed job leaves its reason in its
-    folder and the next one starts; the sweep's table shows it.
-    """
-
-    @functools.wraps(function)
-    def wrapped(cfg: DictConfig) -> Result | None:
-        quiet_libraries()
-        try:
-            return function(cfg)
-        except Interrupted as stop:
-            if is_first_process():
-                print_note(
-                    f"\nInterrupted after step {stop.step}; the state is saved. Go on with:\n"
-                    f"  {resume_command(stop.checkpoint.parent.parent)}"
-                )
-            sys.exit(INTERRUPTED_STATUS)
-        except (Exception, SystemExit, KeyboardInterrupt) as raised:
-            if _was_interrupted(raised):
-                if is_first_process():
-                    _say_stopped_at_once(Path(cfg.paths.output_dir))
-                sys.exit(INTERRUPTED_STATUS)
-            error = find_user_error(raised)
-            if error is None:
-                raise
-            print_error(error)
-            if not is_sweep():
-                sys.exit(2)
-            (Path(cfg.paths.output_dir) / FAILED).write_text(f"{error}\n")
-            return None
-
-    return wrapped
-
-
-def resumable(main: Callable[[], None]) -> Callable[[], None]:
-    """Let `resume=<run folder>` alone stand for the command line and the folder of that run."""
-
-    @functools.wraps(main)
-    def wrapped() -> None:
-        try:
-            sys.argv[1:] = resume_arguments(sys.argv[1:])
-        except UserError as error:
-            print_error(error)
-            sys.exit(2)
-        main()
-
-    return wrapped
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -222,29 +162,6 @@ def find_disk_error(error: BaseException | None) -> str | None:
                 return os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
-
-
-def find_user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` behind an exception: Hydra and Lightning wrap what is raised inside them."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error
-
-
-def _was_interrupted(error: BaseException) -> bool:
-    """A Ctrl-C that was not left to the end of the step; Lightning turns it into an exit."""
-    return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
-    )
-
-
-def _say_stopped_at_once(output: Path) -> None:
-    if (output / LAST).is_file():
-        print_note(
-            f"\nInterrupted; what came behind the last checkpoint is lost. Go on with:\n  {resume_command(output)}"
-        )
-    else:
-        print_note("\nInterrupted. Start again with the same command.")
 
 
 def instantiate_all(group: DictConfig | None) -> list[Any]:

@@ -18,13 +18,13 @@ from scale_dit.data import decode
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Picture, Remake, Sampling, collect_pictures, generate, read_prompts
 from scale_dit.generation.remake import FinishedPicture
-from scale_dit.generation.resume import remake_arguments
 from scale_dit.generation.window_prompts import read_window_prompts
 from scale_dit.local_control import WindowPrompt
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, read_provenance, save_picture
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
+from scale_dit.resuming import remake_arguments
 
 METHOD = Method(order="hilbert")
 SAMPLING = Sampling(steps=3, draft_steps=2)
