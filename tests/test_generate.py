@@ -86,7 +86,7 @@ def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp
     started.send_signal(signal.SIGINT)
     status, output, errors = started.wait(60)
     assert status == 130
-    assert "python src/generate.py resume=out" in output
+    assert f"python {ROOT}/src/generate.py resume=out" in output
     assert "again with the same command" not in errors
     with safe_open(latents, framework="pt") as file:
         assert 0 < int(file.metadata()["step"]) < 100

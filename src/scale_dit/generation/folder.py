@@ -21,10 +21,10 @@ from scale_dit.generation.claims import clear_once
 from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
-from scale_dit.generation.resume import GENERATE, resume_command
 from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_provenance, write_picture
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
+from scale_dit.resuming import GENERATE, resume_command
 
 log = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from scale_dit.files import write_atomically
 from scale_dit.generation.folder import OutputFolder, writing
 from scale_dit.generation.maker import Making
 from scale_dit.generation.pictures import Picture
-from scale_dit.generation.resume import MAKE_PAIRS
 from scale_dit.models import load_family
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.text import Text
+from scale_dit.resuming import MAKE_PAIRS
 
 log = logging.getLogger(__name__)
 
