@@ -21,6 +21,12 @@ PAIR_OPTION = "scales"
 ONE_TIME = ("stage", "pick", "shard", "overwrite")
 """Options that say what one command does of a run, and nothing about the run."""
 
+PLACES = ("resume", "output", "hydra.run.dir")
+"""Options that name the folder."""
+
+_typed: list[str] = []
+"""Options of this process's command, as typed, that the command which goes on has to be given again."""
+
 OF_ITS_PICTURES = (
     "prompt", "prompts_file", "negative_prompt", "window_prompts", "n", "seed", "height", "width", "draft", "start",
     "quality", "remake", "boxes", "mask", "output", "hydra.run.dir",
@@ -57,6 +63,9 @@ def resume_pictures(arguments: Sequence[str], program: str = GENERATE) -> list[s
         UserError: No run made the folder, or another program's.
     """
     folder = path_argument(arguments, "resume")
+    typed = {key_of(argument): argument for argument in sys.orig_argv if is_override(argument)}
+    again = typed.keys() - {*PLACES, "overwrite"} if folder is not None else typed.keys() & {*ONE_TIME} - {"overwrite"}
+    _typed[:] = [argument for key, argument in typed.items() if key in again]
     if folder is None:
         return list(arguments)
     record = read_record(folder)
@@ -85,11 +94,14 @@ def remake_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def resume_command(folder: Path, *options: str, program: str = GENERATE) -> str:
-    """The command that goes on in a folder of a program, with options; for where the process is."""
+    """The command that goes on in a folder of a program, with options; for where the process is.
+
+    It does the same part of the run as this one, with the options that replace those of the folder's first command.
+    """
     running = Path(sys.argv[0]).name == Path(program).name
-    return shlex.join(
-        ["python", sys.argv[0] if running else str(Path(path_of_project()) / program), *options, f"resume={folder}"]
-    )
+    script = sys.argv[0] if running else str(Path(path_of_project()) / program)
+    given = {key_of(option): option for option in (*(_typed if running else ()), *options)}
+    return shlex.join(["python", script, *given.values(), f"resume={folder}"])
 
 
 def _go_on(folder: Path, arguments: Sequence[str], places: Sequence[str], forget: Sequence[str] = ()) -> list[str]:

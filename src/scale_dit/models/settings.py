@@ -20,7 +20,10 @@ NAMES = {
     "FLUX.2-klein-base-9B": "klein_base_9b",
 }
 """The last part of a hub id -> the base's name in `configs/base`."""
-KLEIN = {"family": "scale_dit.models.flux2.Flux2Klein"}
+FLUX1, FLUX2 = "scale_dit.models.flux1.Flux1", "scale_dit.models.flux2.Flux2Klein"
+FAMILY_OF_KIND = {"FluxTransformer2DModel": FLUX1, "Flux2Transformer2DModel": FLUX2}
+"""Class of the transformer in diffusers -> family."""
+KLEIN = {"family": FLUX2}
 KLEIN_DISTILLED = KLEIN | {"shift": 9.9, "guidance_scale": 1.0, "steps": 4}
 KLEIN_BASE = KLEIN | {"shift": 7.6, "guidance_scale": 4.0, "steps": 50, "distilled": False}
 
@@ -60,7 +63,7 @@ class BaseSettings:
     """
 
     name: str
-    family: str = "scale_dit.models.flux1.Flux1"
+    family: str = FLUX1
     path: str = ""
     token_size: int = 16
     cell: int = 8
@@ -130,6 +133,22 @@ class BaseSettings:
         klein: dict[str, Any] = KLEIN_DISTILLED if distilled else KLEIN_BASE
         return cls(name=name, path=path, **(klein if kind == "Flux2Transformer2DModel" else {}))
 
+    def _check_kind(self, index: dict[str, Any]) -> None:
+        """Refuse a folder of another family, or of the other variant of FLUX.2-klein."""
+        kind = index.get("transformer", [None, None])[1]
+        family = FAMILY_OF_KIND.get(kind)
+        if family is not None and self.family != family and self.family in FAMILY_OF_KIND.values():
+            raise UserError(
+                f"{self.path} holds a {kind}, which base {self.name!r} is not: use base=flux1_dev or flux1_schnell "
+                f"for FLUX.1, base=klein_4b, klein_9b, klein_base_4b or klein_base_9b for FLUX.2"
+            )
+        distilled = index.get("is_distilled")
+        if family == FLUX2 and distilled is not None and bool(distilled) != self.distilled:
+            raise UserError(
+                f"{self.path} says is_distilled={bool(distilled)}, which base {self.name!r} is not: use "
+                f"{'base=klein_4b or klein_9b' if distilled else 'base=klein_base_4b or klein_base_9b'}"
+            )
+
     def check_weights(self) -> None:
         """Say that the weights are not here, before anything else is done.
 
@@ -140,7 +159,8 @@ class BaseSettings:
         from scale_dit.models.single_file import check_transformer_file
 
         check_transformer_file(self.transformer_file)
-        if (Path(self.path) / "model_index.json").is_file():
+        if (index := Path(self.path) / "model_index.json").is_file():
+            self._check_kind(json.loads(index.read_text()))
             return
         from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 

@@ -174,10 +174,14 @@ class Planner:
             UserError: There is none; with the largest size of the same shape that fits.
         """
         largest = max(sizes, key=math.prod)
-        for way in self.ways:
-            if self.predict(*largest, way).peak <= limit:
-                return way
-        raise UserError(self._refusal(*largest, limit))
+        way = self._way(largest, limit)
+        if way is None:
+            raise UserError(self._refusal(*largest, limit))
+        return way
+
+    def _way(self, size: tuple[int, int], limit: int) -> Memory | None:
+        """The fastest way in which a picture fits."""
+        return next((way for way in self.ways if self.predict(*size, way).peak <= limit), None)
 
     def _refusal(self, height: int, width: int, limit: int) -> str:
         least = min((self.predict(height, width, way) for way in self.ways), key=lambda found: found.peak)
@@ -186,32 +190,24 @@ class Planner:
             f"a picture of {width} x {height} px needs {gb(least.peak)} GB in the stage {stage!r}, even with "
             f"{least.memory}, but {gb(limit)} GB are free"
         )
-        size = self._largest(height, width, least.memory, limit)
+        size = self._largest(height, width, limit)
         if size is None:
             return f"{message}; so little that not even a small picture fits: use a card with more memory, or base=tiny"
         return f"{message}. The largest of this shape that fits: height={size[0]} width={size[1]}"
 
-    def _largest(self, height: int, width: int, way: Memory, limit: int) -> tuple[int, int] | None:
-        """The largest size of the same shape that fits: on the lines along which stages' memory grows with the area."""
-        base, area = self.tracer.base, height * width
-        smallest = base.token_size * (self.tracer.method.window or base.window)
-        if self.predict(*self._sized(height, width, smallest / min(height, width)), way).peak > limit:
+    def _largest(self, height: int, width: int, limit: int) -> tuple[int, int] | None:
+        """The largest size of the same shape that fits, found by halving between the smallest one and this one."""
+        base = self.tracer.base
+        fits, above = base.token_size * (self.tracer.method.window or base.window) / min(height, width), 1.0
+        if self._way(self._sized(height, width, fits), limit) is None:
             return None
-        half = self._sized(height, width, 0.5)
-        lows, highs = (self.predict(*size, way).peak_bytes for size in (half, (height, width)))
-        half_area = math.prod(half) / area
-        shares = [
-            half_area + (limit - low) / (highs[stage] - low) * (1 - half_area)
-            for stage, low in lows.items()
-            if highs[stage] > low
-        ]
-        side = math.sqrt(max(0.0, min([1.0, *shares])))
-        while side * min(height, width) > smallest:
-            size = self._sized(height, width, side)
-            if self.predict(*size, way).peak <= limit:
-                return size
-            side *= SIZE_STEP
-        return self._sized(height, width, smallest / min(height, width))
+        while fits < SIZE_STEP * above:
+            side = math.sqrt(fits * above)
+            if self._way(self._sized(height, width, side), limit) is None:
+                above = side
+            else:
+                fits = side
+        return self._sized(height, width, fits)
 
     def _sized(self, height: int, width: int, share: float) -> tuple[int, int]:
         """A size `share` as large a side, in whole tokens."""
