@@ -64,7 +64,7 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 photos: $(INSTALLED)  ## real photographs with free licences, out of Debian packages, into data/photos
 	$(RUN) -m scale_dit.data.free_photos --output data/photos
 
-figures: $(INSTALLED)  ## measure every quoted figure anew (hours on a CPU) and rewrite the documents
+figures: $(INSTALLED)  ## measure every quoted figure anew that needs no GPU (hours on a CPU) and rewrite the documents
 	bash experiments/all.sh $(RUN)
 
 clean:  ## remove what tools left behind; runs, pictures and the environment stay

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
+from scale_dit.starting import interruptible
 
-from scale_dit.entry import entry_point
+with interruptible():
+    import hydra
+    from omegaconf import DictConfig
+
+    from scale_dit.entry import entry_point, start
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
@@ -23,4 +26,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

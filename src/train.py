@@ -9,20 +9,25 @@ python src/train.py --multirun base=tiny experiment=scale_dit_4k order=hilbert,r
 
 from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig
+from scale_dit.starting import interruptible
 
-from scale_dit.entry import entry_point, resumable, train
+with interruptible():
+    import hydra
+    from omegaconf import DictConfig
+
+    from scale_dit.entry import entry_point, start
+    from scale_dit.resuming import resume_training
 
 
-@resumable
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 @entry_point
 def main(cfg: DictConfig) -> float | None:
     """Train as configured; a sweep gets the last training loss."""
+    with interruptible():
+        from scale_dit.training import train
     metrics, _ = train(cfg)
     return metrics.get("train/loss")
 
 
 if __name__ == "__main__":
-    main()
+    start(main, resume_training)

@@ -23,7 +23,8 @@ from training_runs import ROOT, command_environment
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTS = (
     "scale_dit.entry",
-    "scale_dit.generation",
+    "scale_dit.training",
+    "scale_dit.generation.command",
     "scale_dit.evaluation.baselines",
     "diffusers.pipelines.flux.pipeline_flux",
     "lightning.pytorch.trainer.trainer",

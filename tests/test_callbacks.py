@@ -19,10 +19,10 @@ from scale_dit.callbacks.progress import TrainingProgress
 from scale_dit.callbacks.samples import SamplePictures
 from scale_dit.callbacks.statistics import batch_size, peak_memory
 from scale_dit.callbacks.time_limit import TimeLimit
-from scale_dit.entry import train
 from scale_dit.errors import UserError
 from scale_dit.loggers import has_wandb_key, wandb_logger, wandb_run_id
 from scale_dit.run_folder import LAST
+from scale_dit.training import train
 
 STEPS = 4
 SAMPLES = (
@@ -87,7 +87,7 @@ class TextEncoders(lightning.Callback):
 
 def test_text_encoders_are_put_aside_once_all_prompts_are_encoded(small_folder: Path, tmp_path: Path) -> None:
     """They stayed on the card for the whole training: 10 GB on FLUX.1."""
-    from scale_dit.entry import build
+    from scale_dit.training import build
 
     objects = build(training_config(small_folder, tmp_path, "trainer.max_steps=2", SAMPLES))
     base, noted = objects["model"].base, TextEncoders()
@@ -118,7 +118,7 @@ class Disturbance(lightning.Callback):
 
 
 def test_random_states_modes_and_weights_are_put_back(small_folder: Path, tmp_path: Path) -> None:
-    from scale_dit.entry import build
+    from scale_dit.training import build
 
     cfg = training_config(small_folder, tmp_path, "trainer.max_steps=2", SAMPLES)
     objects = build(cfg)
@@ -244,7 +244,7 @@ def test_the_wandb_run_id_stays_with_the_folder(tmp_path: Path) -> None:
 def test_wandb_offline_keeps_its_run_over_a_resumption(
     small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scale_dit.callbacks.checkpoint import Interrupted
+    from scale_dit.errors import Interrupted
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = ("logger=wandb", "trainer.max_steps=3", SAMPLES)

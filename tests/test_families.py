@@ -14,7 +14,6 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from training_runs import ROOT, SHORT
 
-from scale_dit.entry import train
 from scale_dit.errors import UserError
 from scale_dit.lora import read_lora
 from scale_dit.models import load_family
@@ -22,6 +21,7 @@ from scale_dit.models.random_weights import TINY, base_settings, main, write_bas
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.shapes import SHAPES, shape_of
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.training import train
 
 EXPERIMENTS = {"scale_dit_4k": "flux1_dev", "scale_dit_8k": "flux1_dev", "klein_4k": "klein_base_9b",
                "klein_8k": "klein_base_9b"}  # fmt: skip

@@ -75,6 +75,15 @@ def test_missing_weights_are_said_before_anything_else(tmp_path):
     assert "Traceback" not in ran.stderr
 
 
+def test_a_negative_prompt_that_nothing_reads_is_said_before_weights_are_loaded(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a ring", "negative_prompt": "blur"}\n')
+    run = (f"hydra.run.dir={tmp_path}/log", "lora.path=nowhere", "draft_guidance_scale=1")
+    for given in (("prompt=a ring", "negative_prompt=blur"), (f"prompts_file={tmp_path}/p.jsonl",)):
+        ran = commands.run("generate.py", "base=tiny", *run, *given)
+        assert "nothing reads the negative prompt of 1 of 1 pictures" in ran.stdout
+        assert "nowhere does not exist" in ran.stderr
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp_path):
     arguments = (f"base.path={small_folder}", f"prompt={PROMPT}", "height=128", "width=256", "steps=100", "output=out")
@@ -86,7 +95,7 @@ def test_ctrl_c_keeps_every_step_and_resume_needs_nothing_else(small_folder, tmp
     started.send_signal(signal.SIGINT)
     status, output, errors = started.wait(60)
     assert status == 130
-    assert "python src/generate.py resume=out" in output
+    assert f"python {ROOT}/src/generate.py resume=out" in output
     assert "again with the same command" not in errors
     with safe_open(latents, framework="pt") as file:
         assert 0 < int(file.metadata()["step"]) < 100

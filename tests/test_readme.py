@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from scale_dit.generation import quote_text_options
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
+from scale_dit.overrides import quote_text_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [

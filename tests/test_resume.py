@@ -14,20 +14,19 @@ import torch
 from commands import Started, run, start
 from training_runs import overrides, training_config
 
-from scale_dit.callbacks.checkpoint import Interrupted
-from scale_dit.entry import train
-from scale_dit.errors import UserError
+from scale_dit.errors import Interrupted, UserError
 from scale_dit.loggers import MetricsFile
 from scale_dit.lora import FILE_NAME
+from scale_dit.resuming import resume_training
 from scale_dit.run_folder import (
     FINISHED,
     LAST,
     check_new,
     check_resumable,
     resume_argument,
-    resume_arguments,
     write_json,
 )
+from scale_dit.training import train
 
 STEPS = 6
 INTERRUPT = "+callbacks.signal={_target_:training_runs.SignalAt,step:3}"
@@ -203,12 +202,12 @@ def test_resume_alone_repeats_the_runs_own_command_line(tmp_path: Path) -> None:
     write_json(folder / "run.json", {"overrides": started})
     value = resume_argument(folder)
     quoted = subprocess.run(["sh", "-c", f"printf %s {value}"], capture_output=True, text=True, check=True).stdout
-    arguments = resume_arguments([quoted, "trainer.max_steps=40", "--cfg", "job"])
+    arguments = resume_training([quoted, "trainer.max_steps=40", "--cfg", "job"])
     assert arguments[:2] == ["--cfg", "job"]
     assert arguments[2:6] == ["base=tiny", "experiment=scale_dit_4k", "trainer.max_steps=40", "+tag=[a,b]"]
     assert arguments[6].startswith("hydra.run.dir=")
-    assert resume_arguments(arguments) == arguments
-    assert resume_arguments(["base=tiny"]) == ["base=tiny"]
+    assert resume_training(arguments) == arguments
+    assert resume_training(["base=tiny"]) == ["base=tiny"]
     assert resume_argument(Path("logs/x/2026-11-25_04")) == "resume=logs/x/2026-11-25_04"
 
 

@@ -16,11 +16,12 @@ import torch
 from hydra.errors import InstantiationException
 from training_runs import ROOT, command_environment, overrides, training_config
 
-from scale_dit.entry import find_disk_error, find_user_error, train
+from scale_dit.entry import find_user_error
 from scale_dit.errors import UserError
 from scale_dit.messages import print_error
 from scale_dit.run_folder import FINISHED, LAST
 from scale_dit.sweeps import check_sweep_devices, device_count
+from scale_dit.training import find_disk_error, train
 
 NO_WEIGHTS = "/no/weights/here"
 

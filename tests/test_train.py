@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from training_runs import ROOT, overrides, training_config
 
-from scale_dit.entry import train
 from scale_dit.lora import FILE_NAME, read_lora
 from scale_dit.run_folder import FINISHED, LAST, RECORD
 from scale_dit.sweeps import sweep_results, write_summary
+from scale_dit.training import train
 
 CONFIGS = ROOT / "configs"
 

@@ -27,6 +27,7 @@ from scale_dit.autoencoder.tiles import seam_score
 from scale_dit.benchmark.timing import peak_and_seconds
 from scale_dit.data.render import render
 from scale_dit.data.scene_sampling import sample_scene
+from scale_dit.device import pin_with_threads
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.provenance import project_root
 
@@ -67,6 +68,7 @@ def latents_of(base: str, vae: Any, px: int, device: torch.device) -> Tensor:
 def measure(base: str, sizes: Sequence[int], modes: Sequence[str], to: Path) -> None:
     """Add a row for every size and mode."""
     device = torch.device("cuda" if base != "tiny" else "cpu")
+    pin_with_threads()
     torch.backends.cudnn.allow_tf32 = False  # which rounds the reference; bfloat16 is not touched
     vae = autoencoder(base, device)
     for px in sizes:

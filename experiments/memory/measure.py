@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scale_dit.benchmark.timing import need_gpu, peak_and_seconds
+from scale_dit.device import pin_with_threads
 from scale_dit.evaluation.studies import add_rows
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.method import Method
@@ -33,6 +34,7 @@ from scale_dit.models.random_weights import base_settings, random_part, random_p
 from scale_dit.models.shapes import SHAPES, shape_of
 from scale_dit.models.text import Text
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.pipeline_output import StageCost
 from scale_dit.planning.components import Components
 from scale_dit.planning.memory import PART, Memory
 from scale_dit.planning.predict import Prediction
@@ -44,7 +46,7 @@ DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
 FIRST, GUIDANCE = "flux1_dev", 3.5
 DENSE = "stock_eager", "stock_compiled"
-WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled"
+WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled", "windowed_parts_compiled"
 
 
 def cap_memory(gb: float | None) -> None:
@@ -128,7 +130,7 @@ def _windowed_step(driver: Driver, px: Side, kind: str) -> Callable[[], object]:
     scale = native_scale(settings, px.height, px.width)
     plan = Method(scale=scale).plan(settings, px.height, px.width)
     text = Text(random(1, plan.layout.text, config.joint_attention_dim), random(1, driver.pooled_size))
-    driver.feed_forward_tokens = PART if kind in ("windowed_parts", "windowed_low_memory") else None
+    driver.feed_forward_tokens = None if kind in ("windowed_eager", "windowed_compiled") else PART
     driver.keys_values_on_host = kind == "windowed_low_memory"
     tokens, moment = random(1, plan.layout.image.tokens, config.in_channels), torch.full((1,), 0.5, device=DEVICE)
     draft = random(1, plan.layout.guidance_tokens, config.in_channels)
@@ -148,21 +150,21 @@ class Run:
         self.pipeline: ScaleDiTPipeline = random_pipeline(settings, draw_on=DEVICE)
         self.pipeline.method = method
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         self.plan.prepare(self.pipeline)
-        self.text_peak = torch.cuda.max_memory_allocated()
         print(self.plan.memory, flush=True)
         self.make(sizes[0], 1)
 
-    def make(self, px: Side, steps: int | None = None) -> Any:
-        """Seconds and peak bytes by stage of one picture."""
+    def make(self, px: Side, steps: int | None = None) -> StageCost:
+        """Seconds and peak bytes by stage of one picture; of its text where that was encoded, also beforehand."""
         torch.cuda.empty_cache()
         steps = self.steps if steps is None else steps
         generator = torch.Generator().manual_seed(0)
-        return self.pipeline(
+        made: Any = self.pipeline(
             PROMPT, px.height, px.width, num_inference_steps=steps, draft_steps=steps, generator=generator,
             output_type="pt",
-        ).cost  # fmt: skip
+        )  # fmt: skip
+        ahead = self.plan.actual.ahead
+        return StageCost(made.cost.seconds | ahead.seconds, made.cost.peak_bytes | ahead.peak_bytes)
 
     def planned(self, px: Side) -> Prediction:
         """What was planned for it."""
@@ -178,13 +180,13 @@ def measure_pictures(options: argparse.Namespace) -> None:
         planned = run.planned(px)
         rows = []
         for stage in planned.seconds:
-            peak = max(cost.peak_bytes[stage], run.text_peak if stage == "text" else 0)
             rows.append(
                 {
                     "base": options.base, "px": px.label, "cap_gb": options.cap or "", "way": str(run.plan.memory),
                     "steps": run.steps,
                     "stage": stage, "seconds": f"{cost.seconds[stage]:.4f}",
-                    "planned_seconds": f"{planned.seconds[stage]:.4f}", "peak_gb": f"{peak / 1e9:.3f}",
+                    "planned_seconds": f"{planned.seconds[stage]:.4f}",
+                    "peak_gb": f"{cost.peak_bytes[stage] / 1e9:.3f}",
                     "planned_peak_gb": f"{planned.peak_bytes[stage] / 1e9:.3f}",
                 }
             )  # fmt: skip
@@ -197,7 +199,7 @@ def measure_least(options: argparse.Namespace) -> None:
     run = Run(options.base, options.px, 1, Memory("group", 4096, "host", "host"))
     for px in options.px:
         cost = run.make(px)
-        allocated = max(cost.peak_bytes.values())
+        allocated = max(peak for stage, peak in cost.peak_bytes.items() if stage != "text")
         cap = max(1, -(-allocated // 10**9))
         while True:
             cap_memory(cap)
@@ -214,7 +216,8 @@ def measure_least(options: argparse.Namespace) -> None:
             "base": options.base, "px": px.label, "way": str(run.plan.memory), "least_cap_gb": cap,
             "peak_gb": f"{allocated / 1e9:.3f}",
             "planned_peak_gb": f"{max(planned.peak_bytes[s] for s in ('draft', 'refine', 'decode')) / 1e9:.3f}",
-            "text_peak_gb": f"{run.text_peak / 1e9:.3f}", "refine_seconds_a_step": f"{cost.seconds['refine']:.3f}",
+            "text_peak_gb": f"{cost.peak_bytes['text'] / 1e9:.3f}",
+            "refine_seconds_a_step": f"{cost.seconds['refine']:.3f}",
         }  # fmt: skip
         add_rows(options.to / "least.csv", [row], ("base", "px"))
         print(*row.values(), flush=True)
@@ -232,10 +235,11 @@ def main() -> None:
         if name == "steps":
             command.add_argument("--kinds", nargs="+", default=[*DENSE, *WINDOWED], choices=[*DENSE, *WINDOWED])
         if name == "pictures":
-            command.add_argument("--steps", type=int, help="default: the base's; of fewer, times are extrapolated")
+            command.add_argument("--steps", type=int, help="default: the base's")
             command.add_argument("--cap", type=float, help="GB of the card that may be used")
     options = parser.parse_args()
     need_gpu()
+    pin_with_threads()
     options.code(options)
 
 

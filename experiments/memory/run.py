@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,6 +31,7 @@ KINDS = {
     "windowed_parts": "windowed, feed-forward by parts",
     "windowed_low_memory": "windowed, feed-forward by parts, keys and values on the host",
     "windowed_compiled": "windowed, compiled",
+    "windowed_parts_compiled": "windowed, feed-forward by parts, compiled",
 }  # fmt: skip
 
 Row = Mapping[str, str]
@@ -65,7 +66,7 @@ def step_figures(rows: Sequence[Row]) -> list[FigureRow]:
     where that was measured."""
     kinds = {row["kind"]: row for row in rows if (row["base"], row["px"]) == (BASE, "4096")}
     found = []
-    ours = [row for name, row in kinds.items() if name in ("windowed_eager", "windowed_parts", "windowed_compiled")]
+    ours = [row for name, row in kinds.items() if name.startswith("windowed") and name != "windowed_low_memory"]
     if ours and "stock_compiled" in kinds:
         best = min(ours, key=lambda row: float(row["seconds"]))
         ratio = float(best["seconds"]) / float(kinds["stock_compiled"]["seconds"])
@@ -78,16 +79,6 @@ def step_figures(rows: Sequence[Row]) -> list[FigureRow]:
     return found
 
 
-def seconds(row: Row, column: str = "seconds") -> float:
-    """Seconds of a stage in a picture of as many steps as the base's; extrapolated where fewer were measured."""
-    return float(row[column]) * (full_steps(row["base"]) / int(row["steps"]) if extrapolated(row) else 1.0)
-
-
-def extrapolated(row: Row) -> bool:
-    """Whether fewer steps were measured than a picture has."""
-    return row["stage"] in ("draft", "refine") and int(row["steps"]) != full_steps(row["base"])
-
-
 @lru_cache
 def full_steps(base: str) -> int:
     """Steps of a base."""
@@ -95,25 +86,35 @@ def full_steps(base: str) -> int:
 
 
 def picture_figures(rows: Sequence[Row]) -> list[FigureRow]:
-    """Seconds and peaks of pictures without a cap, and the largest errors of their plans."""
+    """Seconds and peaks of whole pictures without a cap, and the largest errors of all plans.
+
+    Of seconds that is of a picture, of memory of its peak and, as a figure of its own, of a stage.
+    """
     found = []
-    free = [row for row in rows if not row["cap_gb"]]
-    for row in free:
+    for row in filter(is_whole, rows):
         if (side := SIDES.get(row["px"])) in ("4k", "8k") and row["base"] == BASE:
-            unit = "s, extrapolated" if extrapolated(row) else "s"
             name = f"picture_{side}_seconds_{row['stage']}"
-            found.append(figure(name, seconds(row), unit, row, int(row["steps"])))
+            found.append(figure(name, float(row["seconds"]), "s", row, int(row["steps"])))
             found.append(figure(f"picture_{side}_peak_gb_{row['stage']}", float(row["peak_gb"]), "GB", row))
-    errors = []
-    for picture in sorted({(row["base"], row["px"]) for row in free}):
-        stages = [row for row in free if (row["base"], row["px"]) == picture]
-        taken, planned = (sum(seconds(row, column) for row in stages) for column in ("seconds", "planned_seconds"))
-        errors.append(abs(planned / taken - 1))
-    if free:
-        found.append(figure("plan_error_seconds", max(errors), "share", free[-1], len(errors)))
-        memory = [abs(float(row["planned_peak_gb"]) / float(row["peak_gb"]) - 1) for row in rows]
-        found.append(figure("plan_error_memory", max(memory), "share", free[-1], len(memory)))
+    pictures: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        pictures.setdefault((row["base"], row["px"], row["cap_gb"]), []).append(row)
+    errors = {"plan_error_seconds": [error(stages, "seconds", sum) for stages in pictures.values()],
+              "plan_error_memory": [error(stages, "peak_gb", max) for stages in pictures.values()],
+              "plan_error_memory_of_a_stage": [error([row], "peak_gb", max) for row in rows]}  # fmt: skip
+    found += [figure(name, max(each), "share", rows[-1], len(each)) for name, each in errors.items() if each]
     return found
+
+
+def is_whole(row: Row) -> bool:
+    """Whether the picture had all of its base's steps, and the card."""
+    return not row["cap_gb"] and int(row["steps"]) == full_steps(row["base"])
+
+
+def error(stages: Sequence[Row], column: str, total: Callable[[Iterable[float]], float]) -> float:
+    """By how much what was planned for some stages differs from what they took, as a share."""
+    taken, planned = (total(float(row[name]) for row in stages) for name in (column, f"planned_{column}"))
+    return abs(planned / taken - 1)
 
 
 def least_figures(rows: Sequence[Row]) -> list[FigureRow]:
@@ -140,7 +141,8 @@ def write_tables(
     if pictures:
         lines = [
             [
-                row["base"], row["px"], row["cap_gb"] or "none", row["stage"], *_beside(row), row["planned_peak_gb"],
+                row["base"], row["px"], row["cap_gb"] or "none", row["stage"], row["steps"],
+                f"{float(row['planned_seconds']):.3g}", f"{float(row['seconds']):.3g}", row["planned_peak_gb"],
                 row["peak_gb"], row["way"].replace("memory.", ""),
             ]
             for row in pictures
@@ -179,16 +181,10 @@ def beside_dense(steps: Sequence[Row], pictures: Sequence[Row]) -> list[list[str
     lines = []
     for row in pictures:
         where = row["base"], row["px"]
-        if row["stage"] == "refine" and not row["cap_gb"] and where in stock:
-            dense, ours = full_steps(row["base"]) * stock[where], seconds(row)
+        if row["stage"] == "refine" and is_whole(row) and where in stock:
+            dense, ours = full_steps(row["base"]) * stock[where], float(row["seconds"])
             lines.append([*where, f"{stock[where]:.3g}", f"{dense:.3g}", f"{ours:.3g}", f"{ours / dense:.3f}"])
     return lines
-
-
-def _beside(row: Row) -> tuple[str, str, str]:
-    """Steps, planned and measured seconds of a whole picture."""
-    mark = " (extrapolated)" if extrapolated(row) else ""
-    return row["steps"], f"{seconds(row, 'planned_seconds'):.3g}", f"{seconds(row):.3g}{mark}"
 
 
 def main() -> None:

@@ -24,11 +24,13 @@ from scale_dit.lora import (
     read_lora,
     save_lora,
 )
+from scale_dit.lora_fit import check_own_fit
 from scale_dit.method import Method, Plan
 from scale_dit.models import load_family
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.text import Text
 from scale_dit.optimisers import build_optimiser, check_optimiser, warmup_cosine
+from scale_dit.planning.components import transformer_on_meta
 from scale_dit.sampling import training_levels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,6 +122,7 @@ class ScaleDiTModule(lightning.LightningModule):
                 f"LoRA file {path} has rank {record['rank']}, but the LoRA to train has rank "
                 f"{self.lora_settings.rank}: set lora.rank={record['rank']}, or start without it"
             )
+        check_own_fit(transformer_on_meta(self.base_settings), tensors, record["rank"], f"LoRA file {path}")
         return tensors
 
     def plan_for(self, height: int, width: int) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from scale_dit.errors import UserError
+from scale_dit.lora_fit import check_own_fit, check_shapes
 from scale_dit.lora_targets import target_modules
 
 ADAPTER = "scale_dit"
 PREFIX = "transformer."
 FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_FILE_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SCOPES = ("guidance", "all")
 
 # What diffusers' own `save_lora_weights` calls the adapter's config in a file's metadata.
@@ -159,16 +161,33 @@ def save_lora(
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a LoRA file, or of the one in a folder, shortened."""
+    """SHA-256 of a LoRA file, or of the one in a folder, and of the config that peft keeps beside it; shortened."""
+    path = _file(path)
+    config = peft_config_file(path)
+    return hashlib.sha256(path.read_bytes() + (config.read_bytes() if config else b"")).hexdigest()[:12]
+
+
+def _file(path: str | Path) -> Path:
+    """The file in a folder, as diffusers or peft name it; a file itself."""
     path = Path(path)
-    return hashlib.sha256((path / FILE_NAME if path.is_dir() else path).read_bytes()).hexdigest()[:12]
+    if not path.is_dir():
+        return path
+    return path / (
+        PEFT_FILE_NAME if (path / PEFT_FILE_NAME).is_file() and not (path / FILE_NAME).exists() else FILE_NAME
+    )
+
+
+def peft_config_file(path: str | Path) -> Path | None:
+    """Where peft keeps rank and alpha of the LoRA files that it writes."""
+    file = _file(path)
+    config = file.with_name(PEFT_CONFIG)
+    return config if file.name == PEFT_FILE_NAME and config.is_file() else None
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     """A LoRA file, or the one in a folder, its tensors not read yet."""
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = _file(path)
     if not path.is_file():
         raise UserError(
             f"LoRA file {path} does not exist; give a file or folder written by src/train.py (lora.path=...)."
@@ -250,22 +269,19 @@ def load_lora(transformer: Any, path: str | Path, name: str = ADAPTER) -> tuple[
     """Add the LoRA of a file to the transformer, frozen.
 
     Raises:
-        UserError: See `read_lora`; or keys or shapes that do not fit this transformer, named.
+        UserError: See `read_lora` and `check_own_fit`; the transformer stays as it was.
     """
     tensors, record = read_lora(path)
     settings = LoraSettings(int(record["rank"]), float(record["alpha"]), str(record["lora_scope"]))
+    check_own_fit(transformer, tensors, settings.rank, f"LoRA file {path}")
     add_lora(transformer, settings, name)
-    try:
-        load_lora_state(transformer, tensors, f"LoRA file {path}", name)
-    except UserError:
-        remove_lora(transformer, name)
-        raise
+    load_lora_state(transformer, tensors, f"LoRA file {path}", name)
     transformer.requires_grad_(False)
     return settings, record
 
 
 @torch.no_grad()
-def load_lora_state(transformer: Any, tensors: dict[str, Tensor], source: str, name: str = ADAPTER) -> None:
+def load_lora_state(transformer: Any, tensors: Mapping[str, Tensor], source: str, name: str = ADAPTER) -> None:
     """Copy tensors named as `lora_state` names them into an adapter that is there already.
 
     Args:
@@ -275,13 +291,7 @@ def load_lora_state(transformer: Any, tensors: dict[str, Tensor], source: str, n
         UserError: Keys are missing or unexpected, or shapes differ; named.
     """
     own = lora_state(transformer, name)
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{source} does not fit this base and rank: {len(missing)} keys are missing {missing[:3]}, "
-            f"{len(unexpected)} are unexpected {unexpected[:3]}, {len(shapes)} have another shape {shapes[:3]}."
-        )
+    check_shapes(transformer, tensors, {key: tuple(value.shape) for key, value in own.items()}, source)
     parameters = dict(transformer.named_parameters())
     for key, value in tensors.items():
         module, kind = key.rsplit(".lora_", 1)

@@ -1,7 +1,7 @@
 """LoRA files of others: names of diffusers, peft and kohya, any layers, ranks and alphas of their own.
 
-diffusers knows how the names of other trainers translate. Everything else is settled here, so that what a file holds is
-what the transformer gets, or an error says why not: diffusers' own loader leaves out what it does not know.
+What a file holds is what the transformer gets, or an error says why not: diffusers' own loader leaves out what it does
+not know.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +20,16 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from scale_dit.errors import UserError
-from scale_dit.lora import DIFFUSERS_CONFIG, PREFIX, check_count, load_lora_state, open_lora, remove_lora
+from scale_dit.lora import ADAPTER, DIFFUSERS_CONFIG, PREFIX, check_count, load_lora_state, open_lora, peft_config_file
+from scale_dit.lora_fit import check_fit, layer_names
+from scale_dit.lora_names import AuthorsLayers, LayerNames, bare_name, split_name
 
 log = logging.getLogger(__name__)
 
-OTHER_PREFIX = re.compile(r"^(base_model\.model\.|diffusion_model\.)+")
-"""Where peft and some trainers write `transformer.`, or write it behind."""
-OWN_NAMES = re.compile(
-    r"(x_embedder|context_embedder|proj_out|norm_out|time_(text|guidance)_embed|"
-    r"(double|single)_stream_modulation\w*\.linear|(single_)?transformer_blocks)\."
-)
-"""How names of a FLUX transformer's modules begin in diffusers, and none of the authors' own names does."""
-OLD_SPELLING = re.compile(r"\.lora[._](down|up)\.")
-UNLIKE_LORA = re.compile(r"dora_scale|lora_magnitude_vector|lokr_|hada_|oft_")
-"""Other ways to adapt a layer. They are looked for before names are converted: diffusers leaves some out by itself."""
-PAIR = re.compile(r"\.lora_([AB])(\.[^.]+)?\.weight$")
-"""The end of a tensor's name, with the adapter's name in it or without."""
+TEXT_ENCODER = re.compile(r"^(text_encoder|lora_te)")
+ALPHA = ".alpha"
+MAY_BE_ZERO = re.compile(r"\.(diff|diff_b|bias)$")
+"""Changes of biases and norms, which some trainers write although they did not train them."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,19 @@ class StyleLora:
     weight: float = 1.0
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.adapter == ADAPTER:
+            raise UserError(f"{ADAPTER!r} is the name of Scale-DiT's own LoRA: give the style {self.path} another name")
+        if not self.adapter or hasattr(nn.ModuleDict(), self.adapter):
+            raise UserError(
+                f"a style cannot be named {self.adapter!r}, which torch uses itself: give {self.path} another name, as "
+                f"in style_loras=[{{path: {self.path}, name: style}}]"
+            )
+
     @property
     def adapter(self) -> str:
         """The adapter's name; peft allows no dots."""
-        return (self.name or Path(self.path).stem).replace(".", "_")
+        return str(self.name or Path(self.path).stem).replace(".", "_")
 
 
 def style_loras(entries: Sequence[Mapping[str, Any]]) -> list[StyleLora]:
@@ -77,95 +81,88 @@ def style_loras(entries: Sequence[Mapping[str, Any]]) -> list[StyleLora]:
     return found
 
 
-def read_foreign_lora(path: str | Path, stock: Any) -> dict[str, Tensor]:
-    """The transformer's part of a LoRA file, by peft's names (`x_embedder.lora_A.weight`), alphas worked in.
+def read_foreign_lora(path: str | Path, authors_layers: AuthorsLayers, tell: bool = True) -> dict[str, Tensor]:
+    """The transformer's part of a LoRA file, by peft's names (`x_embedder.lora_A.weight`), alphas worked in, float32.
 
     Args:
-        stock: The pipeline class of diffusers whose converters know the family.
+        authors_layers: The family's layers by the names of the authors' own code.
+        tell: Whether to say what is left out: matrices for text encoders.
 
     Raises:
         UserError: Not readable, no LoRA, or of a kind that cannot be had.
     """
     tensors, metadata = open_lora(path)
-    if unlike := [name for name in tensors if UNLIKE_LORA.search(name)]:
-        raise _not_plain(path, unlike)
-    tensors = {_by_diffusers_names(name): tensor for name, tensor in tensors.items()}
-    if not any(name.startswith(PREFIX) for name in tensors):
-        tensors = _converted(tensors, path, stock)
-    alphas = {
-        name.removeprefix(PREFIX).removesuffix(".alpha"): float(tensor)
-        for name, tensor in tensors.items()
-        if name.endswith(".alpha")
-    }
-    others = [name for name in tensors if not name.startswith(PREFIX)]
-    if strange := [name for name in others if not name.startswith("text_encoder")]:
-        raise UserError(f"LoRA file {path} holds {len(strange)} tensors of unknown names, such as {strange[0]}")
-    if others:
-        log.warning("%s: %d tensors for text encoders are left out, such as %s", path, len(others), others[0])
-    own = {
-        PAIR.sub(r".lora_\1.weight", name.removeprefix(PREFIX)): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(PREFIX) and not name.endswith(".alpha")
-    }
-    if unknown := [name for name in own if not PAIR.search(name)]:
-        raise _not_plain(path, unknown)
-    if not own:
-        raise UserError(f"LoRA file {path} holds nothing for the transformer")
-    config = {
-        key.removeprefix(PREFIX): value for key, value in json.loads(metadata.get(DIFFUSERS_CONFIG, "{}")).items()
-    }
-    return {name: _scaled(name, own, alphas, config) for name in own}
-
-
-def _not_plain(path: str | Path, names: Sequence[str]) -> UserError:
-    return UserError(
-        f"LoRA file {path} holds {len(names)} tensors that are no LoRA matrices, such as {names[0]}: only "
-        f"plain LoRA (lora_A and lora_B, lora_down and lora_up) can be loaded"
-    )
-
-
-def _by_diffusers_names(name: str) -> str:
-    """The name in diffusers, if it differs from it by no more than its beginning and the spelling of A and B."""
-    bare = OTHER_PREFIX.sub("", name)
-    if OWN_NAMES.match(bare):
-        bare = PREFIX + bare
-    if not bare.startswith(PREFIX):
-        return name
-    return OLD_SPELLING.sub(lambda found: ".lora_A." if found[1] == "down" else ".lora_B.", bare)
-
-
-def _converted(tensors: dict[str, Tensor], path: str | Path, stock: Any) -> dict[str, Tensor]:
-    """The same by diffusers' names; kohya's alphas are worked in by the converter."""
-    try:
-        found = stock.lora_state_dict(dict(tensors))
-    except (ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+    encoders = [name for name in tensors if TEXT_ENCODER.match(name)]
+    if encoders and tell:
+        log.warning("%s: %d tensors for text encoders are left out, such as %s", path, len(encoders), encoders[0])
+    layers = _layers({name: tensor for name, tensor in tensors.items() if name not in encoders}, path)
+    config, names = _config(path, metadata), LayerNames(authors_layers)
+    found: dict[str, Tensor] = {}
+    strange = []
+    for layer, parts in layers.items():
+        matrices = names.translate(layer, parts.get("A"), _scaled(layer, parts, config))
+        if matrices is None:
+            strange.append(layer)
+        elif twice := found.keys() & matrices.keys():
+            raise UserError(f"LoRA file {path} holds {min(twice)} twice, under different names")
+        else:
+            found |= matrices
+    if strange and not found:
         raise UserError(
-            f"LoRA file {path} cannot be read: its names, such as {next(iter(tensors))}, are neither diffusers' nor "
-            f"what {stock.__name__} can convert ({error})"
-        ) from error
-    if not any(name.startswith(PREFIX) for name in found):
-        raise UserError(
-            f"LoRA file {path} is not one of this base's family: its names, such as {next(iter(tensors))}, are not of "
-            f"a {stock.__name__}"
+            f"LoRA file {path} is not one of this base's family, which has no layers of its names, such as {strange[0]}"
         )
+    if strange:
+        raise UserError(f"LoRA file {path} holds {len(strange)} layers of unknown names, such as {strange[0]}")
+    if not found:
+        raise UserError(f"LoRA file {path} holds nothing for the transformer")
     return found
 
 
-def _scaled(name: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], config: Mapping[str, Any]) -> Tensor:
-    """B times alpha / rank, so that an adapter whose alpha is its rank does the same; A as it is."""
-    tensor = tensors[name].float()
-    module, letter, _ = name.rsplit(".", 2)
-    if letter == "lora_A" or tensor.ndim != 2:
-        return tensor
-    rank = tensor.shape[1]
-    alpha = alphas.get(module)
-    if alpha is None and "lora_alpha" in config:
-        patterns = config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
-    return tensor if alpha is None else tensor * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
+def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Layer as the file names it -> its matrices `A` and `B` and, at times, its `alpha`."""
+    layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    alphas, unlike = {}, []
+    for name, tensor in tensors.items():
+        found = split_name(name)
+        if name.endswith(ALPHA) and tensor.numel() == 1:
+            alphas[name.removesuffix(ALPHA)] = tensor
+        elif found is not None and tensor.ndim == 2:
+            layers[found[0]][found[1]] = tensor.float()
+        elif tensor.count_nonzero() or not MAY_BE_ZERO.search(name):
+            unlike.append(name)
+    if unlike:
+        raise UserError(
+            f"LoRA file {path} holds {len(unlike)} tensors that are no LoRA matrices, such as {unlike[0]}: only "
+            f"plain LoRA (lora_A and lora_B, lora_down and lora_up) can be loaded"
+        )
+    for layer in alphas.keys() & layers.keys():
+        layers[layer]["alpha"] = alphas[layer]
+    return dict(layers)
 
 
-def add_foreign_lora(transformer: Any, tensors: dict[str, Tensor], source: str, name: str) -> int:
+def _config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What diffusers keeps of the adapter's config in a file's metadata, or peft in a file beside it."""
+    beside = peft_config_file(path)
+    config = json.loads(metadata.get(DIFFUSERS_CONFIG) or (beside.read_text() if beside else "{}"))
+    return {key.removeprefix(PREFIX): value for key, value in config.items()}
+
+
+def _scaled(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor | None:
+    """B times alpha / rank, so that an adapter whose alpha is its rank does the same."""
+    up = parts.get("B")
+    if up is None:
+        return None
+    rank = up.shape[1]
+    if "alpha" in parts:
+        return up * (float(parts["alpha"]) / rank)
+    if "lora_alpha" not in config:
+        return up
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), bare_name(layer)), config["lora_alpha"])
+    return up * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def add_foreign_lora(transformer: Any, tensors: Mapping[str, Tensor], source: str, name: str) -> int:
     """Add a LoRA on whatever layers its tensors name, frozen and in the transformer's dtype.
 
     Args:
@@ -177,41 +174,29 @@ def add_foreign_lora(transformer: Any, tensors: dict[str, Tensor], source: str, 
         The number of layers that it sits on.
 
     Raises:
-        UserError: Layers that the transformer lacks, or of other sizes; a name that is taken.
+        UserError: See `check_fit`; or a name that is taken.
     """
     if name in getattr(transformer, "peft_config", {}):
         raise UserError(f"there is a LoRA named {name!r} already: give another name, or unload it first")
-    modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    here = {
-        key.replace(".base_layer", "") for key, module in transformer.named_modules() if isinstance(module, nn.Linear)
-    }
-    if lacking := [module for module in modules if module not in here]:
-        raise UserError(
-            f"{source} does not fit this base: it is for {len(lacking)} layers that the transformer lacks, such as "
-            f"{lacking[0]}"
-        )
-    ranks = {
-        f"^{re.escape(key.rsplit('.lora_', 1)[0])}": len(value) for key, value in tensors.items() if "lora_A" in key
-    }
+    check_fit(transformer, tensors, source)
+    layers = layer_names(tensors)
+    ranks = {f"^{re.escape(layer)}": len(tensors[f"{layer}.lora_A.weight"]) for layer in layers}
     config = LoraConfig(
-        r=next(iter(ranks.values()), 1),
-        target_modules="|".join(re.escape(module) for module in modules),
+        r=next(iter(ranks.values())),
+        target_modules="|".join(re.escape(layer) for layer in layers),
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
     )
     dtype = transformer.dtype
     transformer.add_adapter(config, adapter_name=name)
-    try:
-        load_lora_state(transformer, tensors, source, name)
-        check_count(transformer, name, len(modules))
-    except Exception:
-        remove_lora(transformer, name)
-        raise
+    load_lora_state(transformer, tensors, source, name)
+    check_count(transformer, name, len(layers))
+    own = re.compile(rf"\.lora_[AB]\.{re.escape(name)}\.")
     for key, parameter in transformer.named_parameters():
-        if f".{name}." in key:
+        if own.search(key):
             parameter.data = parameter.data.to(dtype)
     transformer.requires_grad_(False)
-    return len(modules)
+    return len(layers)
 
 
 def set_weight(transformer: Any, name: str, weight: float) -> None:

@@ -10,13 +10,11 @@ from typing import Any
 from scale_dit.errors import UserError
 from scale_dit.lora import ADAPTER, LoraSettings, check_record, has_record, load_lora, read_lora, remove_lora
 from scale_dit.lora_exchange import StyleLora, add_foreign_lora, read_foreign_lora, set_weight
+from scale_dit.lora_fit import check_fit, check_own_fit
 from scale_dit.method import Method
 from scale_dit.models.driver import Driver
 
 log = logging.getLogger(__name__)
-
-TRIAL = f"{ADAPTER}_trial"
-"""Name under which a replacement is loaded first: one that does not fit must not cost the one that is there."""
 
 
 class Adapters:
@@ -85,13 +83,12 @@ class Adapters:
         self.set_adapters(list(weights), list(weights.values()))
 
     def _load_own(self, path: str | Path) -> None:
-        _, record = read_lora(path)
+        tensors, record = read_lora(path)
         method = {key: value for key, value in self.method.summary.items() if key != "scale"}  # a call has its own
         for difference in check_record(record, self.base.settings.name, method):
             log.warning("%s", difference)
-        if ADAPTER in self.scopes:
-            load_lora(self.transformer, path, TRIAL)
-            remove_lora(self.transformer, TRIAL)
+        # One that does not fit must not cost the one that is there.
+        check_own_fit(self.transformer, tensors, int(record["rank"]), f"LoRA file {path}")
         self.delete_adapters(ADAPTER)
         self.lora_settings, self.lora_record = load_lora(self.transformer, path)
         self.lora_path = str(path)
@@ -99,10 +96,8 @@ class Adapters:
 
     def _load_given(self, path: str | Path, base: str) -> None:
         check_record({"base": base}, self.base.settings.name, {})
-        tensors = read_foreign_lora(path, self.base.stock)
-        if ADAPTER in self.scopes:
-            add_foreign_lora(self.transformer, tensors, f"LoRA file {path}", TRIAL)
-            remove_lora(self.transformer, TRIAL)
+        tensors = read_foreign_lora(path, self.base.authors_layers)
+        check_fit(self.transformer, tensors, f"LoRA file {path}")
         self.delete_adapters(ADAPTER)
         count = add_foreign_lora(self.transformer, tensors, f"LoRA file {path}", ADAPTER)
         log.warning(
@@ -112,9 +107,7 @@ class Adapters:
         self.lora_path, self.scopes[ADAPTER] = str(path), "guidance"
 
     def _load_style(self, style: StyleLora) -> str:
-        if style.adapter == ADAPTER:
-            raise UserError(f"{ADAPTER!r} is the name of Scale-DiT's own LoRA: give the style another name")
-        tensors = read_foreign_lora(style.path, self.base.stock)
+        tensors = read_foreign_lora(style.path, self.base.authors_layers)
         count = add_foreign_lora(self.transformer, tensors, f"LoRA file {style.path}", style.adapter)
         log.info("style %s acts on %d layers, for all tokens", style.adapter, count)
         self.scopes[style.adapter] = "all"

@@ -15,19 +15,25 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "lightning", "torchmet
 
 
 def project_root() -> Path:
-    """The folder that holds `pyproject.toml`: above this file in a checkout, else above the working directory."""
-    for start in (Path(__file__).resolve(), Path.cwd().resolve()):
-        for folder in start.parents if start.is_file() else (start, *start.parents):
-            if (folder / "pyproject.toml").is_file():
+    """The project's checkout: above this file, else above the working directory, which also stands for none."""
+    for start in (Path(__file__).resolve().parent, Path.cwd().resolve()):
+        for folder in (start, *start.parents):
+            if (folder / "pyproject.toml").is_file() and (folder / "src" / "scale_dit").is_dir():
                 return folder
     return Path.cwd()
+
+
+def path_of_project() -> str:
+    """`project_root` as a path to write down: `.` where one stands in it, else absolute."""
+    root = project_root()
+    return "." if root == Path.cwd().resolve() else str(root)
 
 
 def running_command() -> str:
     """The command line that is running, as it was typed, but for the project's folder."""
     program, *arguments = sys.argv
-    # The process's own arguments: entry points rewrite `sys.argv`, to quote prompts or to resume.
-    typed = [index for index, argument in enumerate(sys.orig_argv) if argument == program]
+    # The process's own arguments: entry points rewrite `sys.argv`, to quote prompts or to resume, perhaps elsewhere.
+    typed = [index for index, argument in enumerate(sys.orig_argv) if Path(argument).name == Path(program).name]
     if typed:
         arguments = sys.orig_argv[typed[0] + 1 :]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)

@@ -15,6 +15,8 @@ HARMLESS_WARNINGS = (
     # TensorBoard's folder is the run's folder, and a resumed run goes on in it.
     r"Experiment logs directory .* exists and is not empty",
     r"Checkpoint directory .* exists and is not empty",
+    # Styles and Scale-DiT's own LoRA are on one transformer on purpose.
+    r"Already found a `peft_config` attribute in the model",
     # Scenes are rendered before training, so its loader has nothing to do but to index.
     r"The 'train_dataloader' does not have many workers",
     r"The 'val_dataloader' does not have many workers",
@@ -26,11 +28,14 @@ HARMLESS_LOG_LINES = (
     "GPU available: False",
     # An empty list of modules.
     "that should be kept in float32: []",
+    # T5's embedding has two names, and is called by the other.
+    "unexecuted_layers=['shared']",
 )
 FILTERED_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "diffusers.models.modeling_utils",
+    "diffusers.hooks.group_offloading",
 )
 
 

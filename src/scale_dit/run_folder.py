@@ -6,14 +6,13 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
+from scale_dit.overrides import quote
 
 RECORD = "run.json"
 FINISHED = "finished.json"
@@ -117,63 +116,10 @@ def resume_argument(folder: Path) -> str:
     """`resume=<folder>`, quoted for the shell and for Hydra where that is needed."""
     value = str(folder)
     if not re.fullmatch(r"[\w/.:+-]+", value):
-        value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        value = quote(value)
     return shlex.quote(f"resume={value}")
 
 
 def resume_command(folder: Path) -> str:
     """The command that goes on with the run in `folder`."""
     return f"python {shlex.quote(sys.argv[0])} {resume_argument(folder)}"
-
-
-def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line with `resume=<run folder>` becomes that run's own, in that run's folder.
-
-    The overrides that the run was started with come first; those given now replace them. Without `resume` nothing
-    changes.
-
-    Raises:
-        UserError: The folder cannot be resumed.
-    """
-    folder = path_argument(arguments, "resume")
-    if folder is None:
-        return list(arguments)
-    check_resumable(folder)
-    return arguments_of_run(folder, arguments, {"hydra.run.dir": folder})
-
-
-def path_argument(arguments: Sequence[str], option: str) -> Path | None:
-    """The path that `<option>=<path>` names among command-line arguments."""
-    given = [argument for argument in arguments if _is_override(argument) and _key(argument) == option]
-    if not given:
-        return None
-    path = OverridesParser.create().parse_override(given[-1]).value()
-    if not isinstance(path, str):
-        raise UserError(f"{option} is given more than once: it takes one path")
-    return Path(path)
-
-
-def arguments_of_run(
-    folder: Path, arguments: Sequence[str], places: Mapping[str, Path], forget: Sequence[str] = ()
-) -> list[str]:
-    """The command line that a run was started with, in which what is given now replaces what was.
-
-    Args:
-        places: Options that are folders, and where those are now.
-        forget: Options of the first command that are not taken over.
-    """
-    given = {_key(argument): argument for argument in arguments if _is_override(argument)}
-    first = {_key(override): override for override in read_record(folder)["overrides"]}
-    kept = {key: override for key, override in first.items() if key not in forget}
-    quoted = {key: str(place).replace("\\", "\\\\").replace('"', '\\"') for key, place in places.items()}
-    overrides = kept | {key: f'{key}="{place}"' for key, place in quoted.items()} | given
-    flags = [argument for argument in arguments if not _is_override(argument)]
-    return [*flags, *overrides.values()]
-
-
-def _is_override(argument: str) -> bool:
-    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
-
-def _key(override: str) -> str:
-    return override.split("=", 1)[0].lstrip("+~")

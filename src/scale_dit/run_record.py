@@ -18,6 +18,7 @@ def run_record(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """The record of a run that starts now."""
     return {
         "command": running_command(),
+        "directory": str(Path.cwd()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from scale_dit.errors import UserError
 from scale_dit.messages import print_error
 from scale_dit.run_folder import FAILED, FINISHED, RECORD, check_new, check_resumable, read_record
+from scale_dit.starting import is_first_process
 
 
 class RunFolders(Callback):
@@ -62,11 +62,6 @@ class RunFolders(Callback):
             write_summary(rows, Path(config.hydra.sweep.dir) / "summary.csv")
         if any(row["status"] == "failed" for row in rows):
             sys.exit(1)
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that the user started, and no further rank of it."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def is_sweep() -> bool:

@@ -19,13 +19,13 @@ from scale_dit.data.crops import Crops
 from scale_dit.data.encoding import encode_batch
 from scale_dit.data.photo_pairs import PhotoPairs
 from scale_dit.data.photos import PhotoDataset, open_photos
-from scale_dit.entry import build
 from scale_dit.errors import UserError
 from scale_dit.lightning import ScaleDiTModule
 from scale_dit.lora import LoraSettings
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.run_folder import LAST
+from scale_dit.training import build
 
 CROPS = Crops(128, zoom_high=2.0, aspect_buckets=True)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 from small_bases import SETTINGS, add_random_lora
 
 from scale_dit.errors import UserError
 from scale_dit.evaluation.baselines import Setting, Variant, choose_arms, default_lora
 from scale_dit.evaluation.entry import evaluate_config
-from scale_dit.lora import LoraSettings, save_lora
+from scale_dit.lora import FILE_NAME, LoraSettings, save_lora
 from scale_dit.method import Method
 from scale_dit.pipeline import ScaleDiTPipeline
 
@@ -66,6 +68,16 @@ def test_an_arm_does_not_leave_its_lora_to_the_next(setting: Setting) -> None:
     before = arms["no_lora"].generate(["a red circle"], [7]).images
     arms["scale_dit"].generate(["a red circle"], [7])
     assert torch.equal(arms["no_lora"].generate(["a red circle"], [7]).images, before)
+
+
+def test_a_lora_without_a_record_is_evaluated_as_that_of_the_base_given(setting: Setting, tmp_path: Path) -> None:
+    wanted = Variant().arm(setting).generate(["a red circle"], [7]).images
+    save_file(load_file(Path(setting.lora) / FILE_NAME), tmp_path / "bare.safetensors")
+    bare = replace(setting, lora=str(tmp_path / "bare.safetensors"), lora_base=SETTINGS.name)
+    torch.testing.assert_close(Variant().arm(bare).generate(["a red circle"], [7]).images, wanted)
+    bare.pipeline.unload_lora_weights()
+    with pytest.raises(UserError, match=r"lora\.base=small"):
+        Variant().arm(replace(bare, lora_base=None)).generate(["a red circle"], [7])
 
 
 def test_settings_tell_arms_and_loras_apart(setting: Setting) -> None:

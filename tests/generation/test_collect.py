@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 
 import pytest
 
 from scale_dit.errors import UserError
 from scale_dit.generation import Prompt, Sampling, collect_pictures, collect_prompts
+from scale_dit.generation.pictures import warn_of_unread_negatives
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 
@@ -130,3 +133,30 @@ def test_broken_lines_are_named_in_warnings(tmp_path, caplog):
 def test_what_is_no_number_is_named(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+GUIDED = replace(BASE, distilled=False, guidance_scale=4.0, refine_guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "sampling", "drafting", "message"),
+    [
+        (BASE, Sampling(), True, "base small is distilled.*base=klein_base_4b"),
+        (BASE, Sampling(guidance_scale=7), True, "base small is distilled"),
+        (GUIDED, Sampling(), True, None),  # the draft reads it
+        (GUIDED, Sampling(), False, "give guidance_scale=4$"),
+        (GUIDED, Sampling(guidance_scale=2), False, None),
+        (GUIDED, Sampling(draft_guidance_scale=1), True, "give guidance_scale=4$"),
+        (replace(GUIDED, guidance_scale=1.0), Sampling(), True, "give guidance_scale=4$"),
+    ],
+)
+def test_a_negative_prompt_that_nothing_reads_is_said_once(base, sampling, drafting, message, caplog):
+    prompts = [Prompt("a"), Prompt("b", negative_prompt="blur"), Prompt("c", negative_prompt="noise")]
+    made = collect_pictures(prompts, base, Method(), sampling)
+    with caplog.at_level(logging.WARNING):
+        warn_of_unread_negatives(made[:1], base, Method(), sampling, drafting=drafting)
+        assert not caplog.records
+        warn_of_unread_negatives(made, base, Method(), sampling, drafting=drafting)
+    assert len(caplog.records) == (0 if message is None else 1)
+    if message is not None:
+        assert re.search(f"negative prompt of 2 of 3 pictures.*{message}", caplog.text.strip())

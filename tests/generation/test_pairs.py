@@ -23,15 +23,15 @@ from scale_dit.data.cache import CachedLatents
 from scale_dit.data.encoding import reduce_pictures
 from scale_dit.data.generated_pairs import GeneratedPairs
 from scale_dit.data.sources import open_photos
-from scale_dit.entry import train
 from scale_dit.errors import UserError
 from scale_dit.generation import Job, PairSettings, Picture, Sampling, generate
-from scale_dit.generation.resume import MAKE_PAIRS, resume_arguments
 from scale_dit.method import Method
 from scale_dit.models.settings import BaseSettings
 from scale_dit.picture_files import load_picture
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
+from scale_dit.resuming import MAKE_PAIRS, resume_pictures
+from scale_dit.training import train
 
 ALONE = Method(scale=1.0, windowed=False, guidance=False, order="raster")
 PROMPTS = ["a large red circle on sand", "a large red circle on sand", "a small blue star"]
@@ -203,6 +203,6 @@ def test_scales_that_cannot_be(scales):
 def test_each_program_goes_on_in_its_own_folders(tmp_path):
     record = {"config": {"scales": [4]}, "overrides": ["base=tiny"]}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    assert resume_arguments([f"resume={tmp_path}"], MAKE_PAIRS)[0] == "base=tiny"
+    assert resume_pictures([f"resume={tmp_path}"], MAKE_PAIRS)[0] == "base=tiny"
     with pytest.raises(UserError, match=r"another program: python src/make_pairs.py resume="):
-        resume_arguments([f"resume={tmp_path}"])
+        resume_pictures([f"resume={tmp_path}"])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from scale_dit.errors import UserError
-from scale_dit.generation import Prompt, quote_text_options, read_prompts
+from scale_dit.generation import Prompt, read_prompts
+from scale_dit.overrides import quote_text_options
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HARD = "a \"large\" (red) circle, it's a=b [c] {d: e} ${f} \\${g} \\' 100% #1 ~x @y | é 日本\\"
@@ -76,6 +77,22 @@ def test_text_file(tmp_path):
     assert [prompt.text for prompt in found.prompts] == ["first, with comma", "second = 'quoted'", "third"]
     assert found.prompts[2].source == "prompts.txt, line 4"
     assert not found.broken
+
+
+def test_a_line_of_text_that_begins_with_a_hash_is_a_comment(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# circles\na circle\n  #a star\nshop no. #1\n")
+    found = read_prompts(path)
+    assert [(prompt.text, prompt.source) for prompt in found.prompts] == [
+        ("a circle", "prompts.txt, line 2"),
+        ("shop no. #1", "prompts.txt, line 4"),
+    ]
+    assert not found.broken
+    path.write_text("# a circle\n")
+    with pytest.raises(UserError, match="comments"):
+        read_prompts(path)
+    (tmp_path / "prompts.csv").write_text("prompt\n#1 in the list\n")
+    assert read_prompts(tmp_path / "prompts.csv").prompts[0].text == "#1 in the list"
 
 
 def test_json_lines(tmp_path):

@@ -17,10 +17,10 @@ from scale_dit.data import decode
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Job, Remake
 from scale_dit.generation.remake import FinishedPicture
-from scale_dit.generation.resume import remake_arguments
 from scale_dit.picture_files import load_picture, read_provenance, save_picture
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.planning.memory import Memory
+from scale_dit.resuming import remake_arguments
 
 BOX = [[64, 64, 65, 65]]
 

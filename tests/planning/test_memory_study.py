@@ -75,8 +75,7 @@ def test_rows_become_figures_and_tables(report, tmp_path):
     assert values["step_4k_over_dense"] == pytest.approx(0.3)
     assert values["refine_4k_memory_over_dense"] == pytest.approx(0.9)
     assert values["picture_4k_seconds_refine"] == 7
-    assert (values["picture_8k_seconds_refine"], rows["picture_8k_seconds_refine"].unit) == (28, "s, extrapolated")
-    assert (values["picture_8k_seconds_decode"], rows["picture_8k_seconds_decode"].unit) == (7, "s")
+    assert "picture_8k_seconds_refine" not in values, "of 7 steps of 28"
     assert values["plan_error_seconds"] == pytest.approx(0.1)
     assert values["plan_error_memory"] == pytest.approx(0.05)
     assert values["min_gpu_gb_2k"] == 9.8, "prompts have to be encoded, too"

@@ -11,7 +11,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from training_runs import training_config
 
-from scale_dit.entry import build, train
 from scale_dit.errors import UserError
 from scale_dit.flow_matching import flow_matching_loss
 from scale_dit.lora import LoraSettings
@@ -21,6 +20,7 @@ from scale_dit.planning import training_run
 from scale_dit.planning.components import Components
 from scale_dit.planning.trace import trace
 from scale_dit.planning.training import TrainingPlan
+from scale_dit.training import build, train
 
 METHOD = Method(order="hilbert")
 BATCH = 2

@@ -44,14 +44,7 @@ def enlarge(vae: Any, plane: Source, streaming: Streaming) -> Iterator[tuple[int
 def streamed_encode(vae: Any, picture: Tensor, streaming: Streaming) -> Tensor:
     """The posterior's mean `[1, C, h, w]` of a picture `[1, 3, H, W]` in [-1, 1]."""
     encoder = vae.encoder
-    plane: Source = streaming.plane_of(picture.to(vae.dtype))
-    plane = streaming.convolve(plane, encoder.conv_in)
-    for number, block in enumerate(encoder.down_blocks):
-        for index, resnet in enumerate(block.resnets):
-            plane = streaming.residual(plane, resnet, f"down.{number}.{index}")
-        for downsampler in block.downsamplers or ():
-            plane = streaming.convolve(plane, downsampler.conv, ends_only=True)
-    plane = _middle(plane, encoder.mid_block, streaming)
+    plane = _middle(_reduced(encoder, picture.to(vae.dtype), streaming), encoder.mid_block, streaming)
     before = streaming.norm(plane, encoder.conv_norm_out, "out", encoder.conv_act)
     moments = torch.cat([band for _, band in streaming.convolved(plane, encoder.conv_out, before)], dim=2)
     if getattr(vae, "quant_conv", None) is not None:
@@ -59,8 +52,19 @@ def streamed_encode(vae: Any, picture: Tensor, streaming: Streaming) -> Tensor:
     return moments.chunk(2, dim=1)[0]
 
 
-def _middle(before: Source, block: Any, streaming: Streaming) -> Plane:
-    plane = streaming.residual(before, block.resnets[0], "mid.0")
+def _reduced(encoder: Any, picture: Tensor, streaming: Streaming) -> Plane:
+    """A picture at the latents' size."""
+    plane = streaming.convolve(streaming.plane_of(picture), encoder.conv_in)
+    for number, block in enumerate(encoder.down_blocks):
+        for index, resnet in enumerate(block.resnets):
+            plane = streaming.residual(plane, resnet, f"down.{number}.{index}")
+        for downsampler in block.downsamplers or ():
+            plane = streaming.convolve(plane, downsampler.conv, ends_only=True)
+    return plane
+
+
+def _middle(plane: Plane, block: Any, streaming: Streaming) -> Plane:
+    plane = streaming.residual(plane, block.resnets[0], "mid.0")
     for index, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:], strict=True)):
         if attention is not None:
             plane = streaming.attention(plane, attention, f"mid.attention.{index}")

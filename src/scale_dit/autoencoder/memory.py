@@ -1,7 +1,7 @@
 """Device memory that decoding and encoding take, worked out from the autoencoder's shape.
 
 At 8192 x 8192 px in bfloat16 FLUX.1's decoder is told to take 165 GB `whole` on a GPU, 36 GB `streamed` (a plane is
-17.2 GB), 7.5 GB `host` and 7.4 GB `tiled`: middle layers see everything. See experiments/decode for what is measured.
+17.2 GB), 5.2 GB `host` and 7.4 GB `tiled`: middle layers see everything. See experiments/decode for what is measured.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ STREAMED = 2
 """Planes: what a residual block reads, and what it writes."""
 SAMPLED = 3
 """Tiles along either side whose norms' statistics are those of all tiles."""
-ATTENTION = 5
-"""Planes of the middle attention layer: its input, query, key and value, one of them twice while bands are joined."""
+ATTENTION = 3
+"""Planes of the middle attention layer beside its input: query, key and value."""
 RESULTS = 5
 """What comes of a band of its queries: in parts, joined, by heads, projected, and with the input added."""
 BAND_BYTES = 22
 """For each element of a band, whatever its dtype: norms are computed in float32."""
-COPIES = 5
-"""Bands that are on their way between the card and planes in host memory: three that come, two that go."""
+COPIES = 4
+"""Bands that are on their way between the card and planes in host memory: three that come, one that goes."""
 BAND_ELEMENTS = 2**26
 """Elements of a band's widest activation."""
 
@@ -58,15 +58,21 @@ def decode_bytes(
     levels = _levels(channels, height, width)
     if mode == "whole":
         largest = max(max(before, mine) * pixels for before, mine, pixels in levels)
-        return _whole_bytes(vae, WHOLE_DECODER, largest, levels, device)
+        return _whole_bytes(vae, WHOLE_DECODER, largest, device)
     if mode != "tiled":
         return _streamed_bytes(vae, levels, mode, band_elements, device)
     middle = _streamed_bytes(vae, levels, "tiled", band_elements, device)
     _, deepest, pixels = levels[0]
     kept = deepest * pixels * vae.dtype.itemsize
     # Those that statistics are measured on go through the layers together.
-    sides = (min(SAMPLED, -(-side // tile)) * min(tile, side) for side in (height, width))
+    sides = (min(SAMPLED, _tiles(side, tile)) * min(tile, side) for side in (height, width))
     return max(middle, kept + _streamed_bytes(vae, _levels(channels, *sides), "streamed", band_elements, device))
+
+
+def host_bytes(vae: Any, height: int, width: int, encoding: bool = False) -> int:
+    """Bytes of host memory that decoding, or encoding, takes in the mode `host`."""
+    levels = _levels(vae.config.block_out_channels if encoding else _decoder_channels(vae), height, width)
+    return STREAMED * vae.dtype.itemsize * max(channels * pixels for _, channels, pixels in levels)
 
 
 def encode_bytes(
@@ -85,36 +91,39 @@ def encode_bytes(
     levels = _levels(vae.config.block_out_channels, height, width)
     if mode == "whole":
         largest = max(channels * pixels for _, channels, pixels in levels)
-        return _whole_bytes(vae, WHOLE_ENCODER, largest, levels, device)
+        return _whole_bytes(vae, WHOLE_ENCODER, largest, device)
     return _streamed_bytes(vae, levels, mode, band_elements, device)
 
 
-def _whole_bytes(vae: Any, held: float, largest: int, levels: Levels, device: torch.device | None) -> int:
+def _tiles(side: int, tile: int) -> int:
+    """Tiles along a side, which overlap by a quarter of theirs."""
+    return 1 + -(-max(0, side - tile) // (tile - tile // 4))
+
+
+def _whole_bytes(vae: Any, held: float, largest: int, device: torch.device | None) -> int:
     if (vae.device if device is None else device).type == "cuda":
         held += CHANNELS_LAST
-    return max(round(held * largest), _attention_elements(levels)) * vae.dtype.itemsize
+    return round(held * largest) * vae.dtype.itemsize
 
 
 def _streamed_bytes(vae: Any, levels: Levels, mode: str, band_elements: int, device: torch.device | None) -> int:
     _, deepest, pixels = levels[0]
+    size, on_host = vae.dtype.itemsize, mode == "host"
     queries = min(pixels, band_elements // 4 // deepest)
     each_score = HELD[way_on(vae.device if device is None else device, vae.dtype)]
-    scores = round(each_score * min(SCORE_BYTES, 4 * pixels * queries))
-    scores += RESULTS * queries * deepest * vae.dtype.itemsize
+    scores = round(each_score * min(SCORE_BYTES, 4 * pixels * queries)) + RESULTS * queries * deepest * size
+
+    def band(elements: int) -> int:
+        return (BAND_BYTES + on_host * COPIES * size) * min(band_elements, elements)
+
+    # Scores are there when no band is worked on.
+    kept = (ATTENTION + (not on_host)) * deepest * pixels * size
+    middle = kept + max(scores, band(deepest * pixels))
+    if mode == "tiled":  # what comes before tiles
+        return middle
     widest = max(max(before, channels) * pixels for before, channels, pixels in levels)
-    copies = COPIES * vae.dtype.itemsize if mode == "host" else 0
-    band = (BAND_BYTES + copies) * min(band_elements, widest)
-    # Scores are there when no convolution runs.
-    held = _attention_elements(levels) * vae.dtype.itemsize + max(scores, band)
-    if mode != "streamed":  # tiles: what comes before them
-        return held
-    planes = max(STREAMED * channels * pixels for _, channels, pixels in levels)
-    return max(held, planes * vae.dtype.itemsize + band)
-
-
-def _attention_elements(levels: Levels) -> int:
-    _, channels, pixels = levels[0]
-    return ATTENTION * channels * pixels
+    planes = 0 if on_host else STREAMED * max(channels * pixels for _, channels, pixels in levels) * size
+    return max(middle, planes + band(widest))
 
 
 def _decoder_channels(vae: Any) -> Sequence[int]:

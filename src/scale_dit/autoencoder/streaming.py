@@ -236,15 +236,17 @@ class Streaming:
     def attention(self, source: Plane, layer: Any, name: str) -> Plane:
         """diffusers' `Attention` over all pixels, queries in bands; keys and values are where it is computed."""
         normed = self.norm(source, layer.group_norm, f"{name}.group_norm")
-        parts = []
-        row = source.channels * source.width
-        for projection in (layer.to_q, layer.to_k, layer.to_v):
-            pieces = [
-                projection(normed(source.rows(start, stop)).flatten(2).transpose(1, 2))
-                for start, stop in bands(source.height, row, self.band_elements)
-            ]
-            parts.append(torch.cat(pieces, 1).unflatten(-1, (layer.heads, -1)).transpose(1, 2))
-        query, key, value = parts
+        row, tokens = source.channels * source.width, source.height * source.width
+        projections = layer.to_q, layer.to_k, layer.to_v
+        parts = [
+            torch.empty(source.batch, tokens, each.out_features, dtype=source.dtype, device=self.compute)
+            for each in projections
+        ]
+        for start, stop in bands(source.height, row, self.band_elements):
+            read = normed(source.rows(start, stop)).flatten(2).transpose(1, 2)
+            for part, projection in zip(parts, projections, strict=True):
+                part[:, start * source.width : stop * source.width] = projection(read)
+        query, key, value = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in parts)
         for start, stop in bands(source.height, row, self.band_elements // 4):
             mine = query[:, :, start * source.width : stop * source.width]
             band = attend_all(mine, key, value, self.score_bytes, self.way)

@@ -12,19 +12,11 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from scale_dit.errors import UserError
-from scale_dit.run_folder import CHECKPOINTS, LAST
+from scale_dit.errors import Interrupted, UserError
+from scale_dit.run_folder import LAST
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STEPS_TO_AGREE = 10
-
-
-class Interrupted(Exception):  # noqa: N818 - no error: what the user asked for
-    """Training stopped on request, after its state was saved."""
-
-    def __init__(self, step: int, checkpoint: Path):
-        super().__init__(f"interrupted after step {step}; the state is in {checkpoint}")
-        self.step, self.checkpoint = step, checkpoint
 
 
 class LastCheckpoint(Checkpoint):
@@ -120,6 +112,3 @@ class LastCheckpoint(Checkpoint):
 def last_checkpoint(trainer: lightning.Trainer) -> LastCheckpoint | None:
     """The trainer's `LastCheckpoint`, if it has one."""
     return next((each for each in trainer.checkpoint_callbacks if isinstance(each, LastCheckpoint)), None)
-
-
-__all__ = ["CHECKPOINTS", "Interrupted", "LastCheckpoint", "last_checkpoint"]

@@ -28,6 +28,7 @@ class Setting:
         method: The method as configured.
         lora: Its LoRA file or folder, or `None`.
         height, width: Of the pictures, in px.
+        lora_base: Name of the base that a LoRA by others, which does not say so, was trained for.
         start, steps, draft_steps, guidance_scale, draft_guidance_scale: As in `ScaleDiTPipeline.__call__`.
     """
 
@@ -36,6 +37,7 @@ class Setting:
     lora: str | None
     height: int
     width: int
+    lora_base: str | None = None
     start: float = 1.0
     steps: int | None = None
     draft_steps: int | None = None
@@ -91,7 +93,7 @@ def _generate(
     if pipeline.lora_path != lora:
         pipeline.unload_lora_weights()
         if lora:
-            pipeline.load_lora_weights(lora)
+            pipeline.load_lora_weights(lora, base=setting.lora_base)
     output = pipeline(
         prompts,
         setting.height,

@@ -18,6 +18,7 @@ from scale_dit.errors import UserError
 from scale_dit.evaluation.baselines import Setting, choose_arms, default_lora
 from scale_dit.evaluation.report import Results
 from scale_dit.evaluation.runner import evaluate
+from scale_dit.generation.loras import Loras
 from scale_dit.loggers import close_wandb
 from scale_dit.pipeline import ScaleDiTPipeline
 from scale_dit.run_record import write_run_record
@@ -38,6 +39,7 @@ def evaluate_config(cfg: DictConfig) -> Results:
     method.plan(base, height, width)
     check_sampling(base, cfg.start, cfg.steps, cfg.draft_steps, cfg.guidance_scale, cfg.draft_guidance_scale)
     lora = default_lora(cfg.lora.path)
+    Loras(lora, cfg.lora.base).check(base)
     metrics = hydra.utils.instantiate(cfg.metrics, _convert_="all")
     baselines = hydra.utils.instantiate(cfg.get("baselines") or {}, _convert_="all")
     output = Path(cfg.paths.output_dir)
@@ -49,7 +51,7 @@ def evaluate_config(cfg: DictConfig) -> Results:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.configure(base, cfg.attention.name)
     setting = Setting(
-        pipeline.to(device), method, lora, height, width, start=cfg.start, steps=cfg.steps,
+        pipeline.to(device), method, lora, height, width, cfg.lora.base, start=cfg.start, steps=cfg.steps,
         draft_steps=cfg.draft_steps, guidance_scale=cfg.guidance_scale, draft_guidance_scale=cfg.draft_guidance_scale,
     )  # fmt: skip
     loggers = [hydra.utils.instantiate(logger) for logger in (cfg.get("logger") or {}).values()]

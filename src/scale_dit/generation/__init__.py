@@ -6,14 +6,12 @@ from scale_dit.generation.loras import Loras
 from scale_dit.generation.pairs import PairSettings
 from scale_dit.generation.photo import DraftPhoto
 from scale_dit.generation.pictures import Picture, Sampling, collect_pictures, collect_prompts
-from scale_dit.generation.prompts import Prompt, quote_text_options, read_prompts
+from scale_dit.generation.prompts import Prompt, read_prompts
 from scale_dit.generation.remake import FinishedPicture, Remake
-from scale_dit.generation.resume import MAKE_PAIRS, remake_arguments, resume_arguments
 from scale_dit.generation.run import generate
 from scale_dit.generation.window_prompts import read_window_prompts
 
 __all__ = [
-    "MAKE_PAIRS",
     "DraftPhoto",
     "Files",
     "FinishedPicture",
@@ -27,9 +25,6 @@ __all__ = [
     "collect_pictures",
     "collect_prompts",
     "generate",
-    "quote_text_options",
     "read_prompts",
     "read_window_prompts",
-    "remake_arguments",
-    "resume_arguments",
 ]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +15,14 @@ from scale_dit.autoencoder import Decoding
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
 from scale_dit.generation.claims import clear_once
+from scale_dit.generation.disk import check_space, writing
 from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
-from scale_dit.generation.resume import GENERATE, resume_command
 from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_provenance, write_picture
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
+from scale_dit.resuming import GENERATE, resume_command
 from scale_dit.run_folder import RECORD
 
 log = logging.getLogger(__name__)
@@ -48,6 +46,7 @@ class OutputFolder:
         files: How they are written.
         config: The resolved config, for the pictures' metadata.
         decoding: How pictures are asked to be decoded.
+        repeated: Options of this command that the folder's record lacks and that going on takes.
     """
 
     path: Path
@@ -55,6 +54,7 @@ class OutputFolder:
     files: Files = field(default_factory=Files)
     config: Mapping[str, Any] | None = None
     decoding: Decoding = field(default_factory=Decoding)
+    repeated: tuple[str, ...] = ()
 
     program: ClassVar[str] = GENERATE
     texts: ClassVar[tuple[str, ...]] = ()
@@ -64,10 +64,14 @@ class OutputFolder:
         """The command that goes on here, with options."""
         return resume_command(self.path, *options, program=self.program)
 
+    def go_on_command(self, *options: str) -> str:
+        """The command that goes on with what this one does here; options replace its own."""
+        return self.resume_command(*{each.split("=")[0]: each for each in (*self.repeated, *options)}.values())
+
     @property
     def how_to_go_on(self) -> str:
         """What to do when the folder can be written again; before there is a run record, nothing was made."""
-        return f"go on with: {self.resume_command()}" if (self.path / RECORD).is_file() else "give the command again"
+        return f"go on with: {self.go_on_command()}" if (self.path / RECORD).is_file() else "give the command again"
 
     @property
     def latents(self) -> SavedLatents:
@@ -159,7 +163,7 @@ class OutputFolder:
             missing = [picture for picture in pictures if picture in (*missing, *written_otherwise)]
         elif written_otherwise:
             log.warning("%s", self.left_as_they_are(written_otherwise))
-        self._check_space(missing, self.how_to_go_on if goes_on else "give the command again")
+        check_space(self, missing, self.how_to_go_on if goes_on else "give the command again")
         return missing
 
     def left_as_they_are(self, pictures: Sequence[Picture]) -> str:
@@ -268,31 +272,3 @@ class OutputFolder:
     def _check_sizes(self, pictures: Sequence[Picture]) -> None:
         for picture in pictures:
             self.files.kind.check_size(picture.height, picture.width)
-
-    def _check_space(self, pictures: Sequence[Picture], then: str) -> None:
-        with writing(self):
-            self.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path).free
-        needed = sum(3 * self.files.kind.bits // 8 * picture.height * picture.width for picture in pictures)
-        if needed > free:
-            raise UserError(
-                f"pictures, {len(pictures)} of them, can take {needed / 2**20:,.1f} MiB, but the disk of {self.path} "
-                f"has {free / 2**20:,.1f} MiB left: choose another folder (output=...), or free some space and {then}"
-            )
-
-
-@contextmanager
-def writing(folder: OutputFolder) -> Iterator[None]:
-    """Turn what the operating system says about a file that cannot be written into one clear error.
-
-    Raises:
-        UserError: Naming the folder, the reason and how to go on.
-    """
-    try:
-        yield
-    except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(
-            f"{folder.path} cannot be written: {what}. Finished pictures and saved steps are kept: once it can be "
-            f"written, {folder.how_to_go_on}"
-        ) from error

@@ -9,9 +9,11 @@ from typing import Any
 
 from scale_dit.lora import check_record, file_digest, has_record, read_lora
 from scale_dit.lora_exchange import StyleLora, read_foreign_lora
+from scale_dit.lora_fit import check_fit, check_own_fit
 from scale_dit.models import load_family
 from scale_dit.models.settings import BaseSettings
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.planning.components import transformer_on_meta
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,36 @@ class Loras:
     own_base: str | None = None
     styles: Sequence[StyleLora] = ()
 
-    def settings(self, base: BaseSettings) -> dict[str, Any]:
-        """Digests and weights, after the files were seen to be ones of this base's.
+    def check(self, base: BaseSettings) -> None:
+        """See that the files fit the base, from its configs alone.
 
         Raises:
-            UserError: One cannot be read, or is another base's.
+            UserError: One cannot be read, is another base's, or sits on layers that the base lacks.
         """
-        stock = load_family(base).stock if self.styles else None
-        styles = []
+        if self.own is None and not self.styles:
+            return
+        layers, transformer = load_family(base).authors_layers, transformer_on_meta(base)
+        if self.own is not None and (has_record(self.own) or self.own_base is None):
+            tensors, record = read_lora(self.own)
+            check_record(record, base.name, {})
+            check_own_fit(transformer, tensors, int(record["rank"]), f"LoRA file {self.own}")
+        elif self.own is not None:
+            check_record({"base": self.own_base}, base.name, {})
+            check_fit(transformer, read_foreign_lora(self.own, layers, tell=False), f"LoRA file {self.own}")
         for style in self.styles:
-            read_foreign_lora(style.path, stock)
-            styles.append([file_digest(style.path), style.weight])
-        return {"lora": self._own_digest(base), "style_loras": styles}
+            check_fit(transformer, read_foreign_lora(style.path, layers, tell=False), f"LoRA file {style.path}")
+
+    def settings(self, base: BaseSettings) -> dict[str, Any]:
+        """Digests and weights, after the files were seen to fit the base.
+
+        Raises:
+            UserError: See `check`.
+        """
+        self.check(base)
+        return {
+            "lora": None if self.own is None else file_digest(self.own),
+            "style_loras": [[file_digest(style.path), style.weight] for style in self.styles],
+        }
 
     def load(self, pipeline: ScaleDiTPipeline) -> None:
         """Put them on."""
@@ -47,10 +67,3 @@ class Loras:
             pipeline.load_lora_weights(self.own, base=self.own_base)
         for style in self.styles:
             pipeline.load_lora_weights(style.path, style.adapter, weight=style.weight)
-
-    def _own_digest(self, base: BaseSettings) -> str | None:
-        if self.own is None:
-            return None
-        foreign = self.own_base is not None and not has_record(self.own)
-        check_record({"base": self.own_base} if foreign else read_lora(self.own)[1], base.name, {})
-        return file_digest(self.own)

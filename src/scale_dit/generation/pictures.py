@@ -196,3 +196,32 @@ def collect_pictures(
     if not pictures:
         raise UserError("no line of the prompt file can be made by this base: the warnings above say why")
     return pictures
+
+
+def warn_of_unread_negatives(
+    pictures: Sequence[Picture], base: BaseSettings, method: Method, sampling: Sampling, *, drafting: bool = True
+) -> None:
+    """Say so, once, if pictures have negative prompts that nothing will read.
+
+    Args:
+        drafting: Whether the base makes their drafts.
+    """
+    having = [picture for picture in pictures if picture.negative_prompt.strip()]
+    if not having:
+        return
+    recipe = sampling.recipe(base, method, having[0].height, having[0].width)
+    scales = [recipe.guidance_scale, *([recipe.draft_guidance_scale] if drafting and recipe.needs_draft else [])]
+    if base.has_negative_branch(*scales):
+        return
+    unread = f"nothing reads the negative prompt of {len(having)} of {len(pictures)} pictures"
+    if base.distilled:
+        log.warning(
+            "%s: base %s is distilled and has no classifier-free guidance; choose one that has, such as "
+            "base=klein_base_4b",
+            unread, base.name,
+        )  # fmt: skip
+    else:
+        log.warning(
+            "%s: the guidance scale is 1, so there is no classifier-free guidance; give guidance_scale=%g",
+            unread, base.guidance_scale if base.guidance_scale != 1 else 4,
+        )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,9 +14,6 @@ from typing import Any
 from scale_dit.errors import UserError
 from scale_dit.generation.window_prompts import read_window_prompts
 from scale_dit.local_control import WindowPrompt
-
-TEXT_OPTIONS = ("prompt", "negative_prompt", "prompts_file", "window_prompts", "draft", "remake", "mask", "resume")
-"""Options whose value is any text, not Hydra's override grammar."""
 
 FILE_KINDS = (".txt", ".jsonl", ".csv")
 LARGEST_SEED = 2**63 - 1
@@ -57,61 +53,11 @@ class PromptFile:
     unknown_fields: list[str] = field(default_factory=list)
 
 
-def quote_text_options(arguments: Sequence[str], options: Sequence[str] = TEXT_OPTIONS) -> list[str]:
-    """Command-line arguments in which the value of every text option is quoted for Hydra.
-
-    Hydra's grammar gives commas, quotes, equal signs, brackets, parentheses and `${` a meaning of their own. Here
-    `prompt=<text>` means that text, to the letter. An option that is given several times makes a list, and so does a
-    JSON list of strings.
-
-    >>> quote_text_options(["base=tiny", "prompt=a (red) circle, a=b"])
-    ['base=tiny', "prompt='a (red) circle, a=b'"]
-    """
-    pattern = re.compile(rf"(?P<name>\+{{0,2}}(?:{'|'.join(map(re.escape, options))}))=(?P<text>.*)", re.DOTALL)
-    quoted: list[str] = []
-    texts: dict[str, list[str]] = {}
-    places: dict[str, int] = {}
-    for argument in arguments:
-        match = pattern.fullmatch(argument)
-        if match is None:
-            quoted.append(argument)
-            continue
-        name = match["name"]
-        texts.setdefault(name, []).extend(_string_list(match["text"]) or [match["text"]])
-        places.setdefault(name, len(quoted))
-        if places[name] == len(quoted):
-            quoted.append("")
-        several = len(texts[name]) > 1 or _string_list(match["text"]) is not None
-        items = ",".join(map(_quote, texts[name]))
-        quoted[places[name]] = f"{name}=[{items}]" if several else f"{name}={items}"
-    return quoted
-
-
-def _string_list(text: str) -> list[str] | None:
-    """A JSON list of strings, or `None` if the text is anything else."""
-    if not text.startswith("["):
-        return None
-    try:
-        items = json.loads(text)
-    except ValueError:
-        return None
-    return items if items and all(isinstance(item, str) for item in items) else None
-
-
-def _quote(text: str) -> str:
-    """A quoted string of Hydra's grammar that comes out of OmegaConf as `text`."""
-    # OmegaConf unescapes backslashes before an interpolation, Hydra those before a quotation mark or the end.
-    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
-    text = re.sub(r"(\\+)\Z", lambda match: match[1] * 2, text)
-    return f"'{text}'"
-
-
 def read_prompts(path: str | Path) -> PromptFile:
     """Read a file of prompts: `.txt` (one a line), `.jsonl` (strings or objects) or `.csv` (with a header).
 
-    Objects and columns: `prompt`, and optionally `seed`, `height`, `width`, `negative_prompt`, `window_prompts`. A line
-    that cannot be used is named in `broken`, and the rest is read.
+    In `.txt`, lines that begin with `#` are comments. Objects and columns: `prompt`, and optionally `seed`, `height`,
+    `width`, `negative_prompt`, `window_prompts`. A line that cannot be used is named in `broken`, and the rest is read.
 
     Raises:
         UserError: The file cannot be read, is of another kind, or holds no prompt that can be used.
@@ -135,7 +81,9 @@ def read_prompts(path: str | Path) -> PromptFile:
         if isinstance(entry, Mapping):
             found.unknown_fields += [key for key in entry if key not in (*FIELDS, *found.unknown_fields)]
     if not found.prompts:
-        what = f"no line of it can be used: {'; '.join(found.broken[:3])}" if found.broken else "it is empty"
+        what = "it is empty, or has comments (#) only"
+        if found.broken:
+            what = f"no line of it can be used: {'; '.join(found.broken[:3])}"
         raise UserError(f"prompt file {path} holds no prompt: {what}")
     return found
 
@@ -145,7 +93,7 @@ Entry = Mapping[str, Any] | str | UserError
 
 def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Entry]]:
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if line.strip() and not line.lstrip().startswith("#"):
             yield number, line.strip()
 
 

@@ -17,8 +17,9 @@ from scale_dit.device import choose_device
 from scale_dit.errors import UserError
 from scale_dit.generation.claims import Claims
 from scale_dit.generation.contact_sheet import write_contact_sheet
+from scale_dit.generation.disk import writing
 from scale_dit.generation.files import TILED, Files
-from scale_dit.generation.folder import OutputFolder, writing
+from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.job import Job
 from scale_dit.generation.loras import Loras
 from scale_dit.generation.maker import Making, Workshop
@@ -96,7 +97,9 @@ def generate(
         remake.check(pictures, Path(output), files or Files(), job, photo)
         for picture in pictures:
             remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
-    folder = OutputFolder(Path(output), setup.settings(), files or Files(), config, setup.decoding)
+    files = files or Files()
+    repeated = ("stage=decode", *files.options(setup.decoding)) if job.stage == "decode" else ()
+    folder = OutputFolder(Path(output), setup.settings(), files, config, setup.decoding, repeated)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
     selected, plan = job.select(pictures), None
@@ -203,7 +206,7 @@ def _make_all(
         interrupted = True
     if interrupted:
         _say(console, "Interrupted; every step is saved. Go on with:")
-        _say(console, f"  {folder.resume_command()}")
+        _say(console, f"  {folder.go_on_command()}")
         sys.exit(INTERRUPTED_STATUS)
 
 

@@ -137,16 +137,17 @@ class Driver(Parts):
             modulation = self.embed_time(time, guidance_scale, pooled)
         rotary = self.rotary(self.token_ids(plan.guidance_ids), plan.method, hidden.device)
         no_text = hidden[:, :0]
-        keys_values: list[KeysValues] = []
+        keys_values: list[KeysValues] | HostKeysValues
+        keys_values = HostKeysValues(hidden.device) if self.keys_values_on_host else []
         *blocks, last = self.blocks
         for block in blocks:
             recorded: list[KeysValues] = []
             attention = BlockAttention(plan.guidance_layout, self.backend, recorded=recorded)
             _, hidden = self._run(block, adapters, hidden, no_text, modulation, rotary, attention)
-            keys_values += recorded
+            keys_values.extend(recorded)
         with called(last), active_adapters(last, adapters):
-            keys_values.append(self.block_keys_values(last, hidden, modulation, rotary))
-        return HostKeysValues(keys_values) if self.keys_values_on_host else keys_values
+            keys_values.extend([self.block_keys_values(last, hidden, modulation, rotary)])
+        return keys_values
 
     @calls_transformer
     def image_pass(

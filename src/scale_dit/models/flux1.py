@@ -22,11 +22,49 @@ QUERY_KEY_VALUE = ("attn.to_q", "attn.to_k", "attn.to_v")
 adapt(FluxTransformerBlock, (*QUERY_KEY_VALUE, "attn.to_out.0", "ff.net.0.proj", "ff.net.2"), QUERY_KEY_VALUE[1:])
 adapt(FluxSingleTransformerBlock, (*QUERY_KEY_VALUE, "proj_mlp", "proj_out"), QUERY_KEY_VALUE[1:])
 
+DOUBLE, SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+IMAGE_ATTENTION = tuple(f"{DOUBLE}.{layer}" for layer in QUERY_KEY_VALUE)
+TEXT_ATTENTION = tuple(f"{DOUBLE}.attn.add_{letter}_proj" for letter in "qkv")
+SINGLE_ATTENTION = tuple(f"{SINGLE}.{layer}" for layer in QUERY_KEY_VALUE)
+AUTHORS_LAYERS = {
+    "double_blocks.{}.img_attn.qkv": IMAGE_ATTENTION,
+    "double_blocks.{}.img_attn.proj": (f"{DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.img_mlp.0": (f"{DOUBLE}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": (f"{DOUBLE}.ff.net.2",),
+    "double_blocks.{}.img_mod.lin": (f"{DOUBLE}.norm1.linear",),
+    "double_blocks.{}.txt_attn.qkv": TEXT_ATTENTION,
+    "double_blocks.{}.txt_attn.proj": (f"{DOUBLE}.attn.to_add_out",),
+    "double_blocks.{}.txt_mlp.0": (f"{DOUBLE}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": (f"{DOUBLE}.ff_context.net.2",),
+    "double_blocks.{}.txt_mod.lin": (f"{DOUBLE}.norm1_context.linear",),
+    "single_blocks.{}.linear1": (*SINGLE_ATTENTION, f"{SINGLE}.proj_mlp"),
+    "single_blocks.{}.linear2": (f"{SINGLE}.proj_out",),
+    "single_blocks.{}.modulation.lin": (f"{SINGLE}.norm.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    # XLabs' trainer names the attention's processors.
+    "double_blocks.{}.processor.qkv_lora1": IMAGE_ATTENTION,
+    "double_blocks.{}.processor.qkv_lora2": TEXT_ATTENTION,
+    "double_blocks.{}.processor.proj_lora1": (f"{DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.processor.proj_lora2": (f"{DOUBLE}.attn.to_add_out",),
+    "single_blocks.{}.processor.qkv_lora": SINGLE_ATTENTION,
+    "single_blocks.{}.processor.proj_lora": (f"{SINGLE}.proj_out",),
+}
+
 
 class Flux1(Driver):
     """FLUX.1: CLIP and T5, three rotary axes of which text uses none, modulation in every block."""
 
     stock = FluxPipeline
+    authors_layers = AUTHORS_LAYERS
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
 
     def set_processors(self) -> None:

@@ -27,6 +27,31 @@ adapt(Flux2TransformerBlock, (*QUERY_KEY_VALUE, "attn.to_out.0", "ff.linear_in",
 # Query, key, value and feed-forward are one layer.
 adapt(Flux2SingleTransformerBlock, ("attn.to_qkv_mlp_proj", "attn.to_out"), ("attn.to_qkv_mlp_proj",))
 
+DOUBLE, SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+AUTHORS_LAYERS = {
+    "double_blocks.{}.img_attn.qkv": tuple(f"{DOUBLE}.{layer}" for layer in QUERY_KEY_VALUE),
+    "double_blocks.{}.img_attn.proj": (f"{DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.img_mlp.0": (f"{DOUBLE}.ff.linear_in",),
+    "double_blocks.{}.img_mlp.2": (f"{DOUBLE}.ff.linear_out",),
+    "double_blocks.{}.txt_attn.qkv": tuple(f"{DOUBLE}.attn.add_{letter}_proj" for letter in "qkv"),
+    "double_blocks.{}.txt_attn.proj": (f"{DOUBLE}.attn.to_add_out",),
+    "double_blocks.{}.txt_mlp.0": (f"{DOUBLE}.ff_context.linear_in",),
+    "double_blocks.{}.txt_mlp.2": (f"{DOUBLE}.ff_context.linear_out",),
+    "single_blocks.{}.linear1": (f"{SINGLE}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": (f"{SINGLE}.attn.to_out",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+
 
 @dataclass(frozen=True)
 class Modulation:
@@ -46,6 +71,7 @@ class Flux2Klein(Driver):
     """FLUX.2-klein: Qwen3, four rotary axes (time, row, column, word), one modulation for all blocks of a kind."""
 
     stock = Flux2KleinPipeline
+    authors_layers = AUTHORS_LAYERS
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import torch
@@ -17,15 +17,19 @@ class HostKeysValues(Sequence[KeysValues]):
     a block, 1 ms beside 30.
 
     Args:
-        keys_values: What a guidance pass returned; moved to host memory, pinned if they come from a GPU.
+        device: Where they are made and read. Host memory is pinned if it is a GPU.
     """
 
-    def __init__(self, keys_values: Sequence[KeysValues]):
-        self.device = keys_values[0][0].device
-        self.on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self.host = [(self._to_host(key), self._to_host(value)) for key, value in keys_values]
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self.host: list[KeysValues] = []
         self.fetched: dict[int, KeysValues] = {}
+
+    def extend(self, keys_values: Iterable[KeysValues]) -> None:
+        """Take in further blocks', moving them to host memory."""
+        self.host += [(self._to_host(key), self._to_host(value)) for key, value in keys_values]
 
     def __len__(self) -> int:
         return len(self.host)

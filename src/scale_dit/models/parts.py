@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from scale_dit.autoencoder import Decoding, decode, decode_bands, encode
+from scale_dit.lora_names import AuthorsLayers
 from scale_dit.models.hooks import called
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.text import Text
@@ -31,6 +32,8 @@ class Parts(ABC):
     """The family's pipeline in diffusers."""
     parts: ClassVar[tuple[str, ...]]
     """Names of the components that it is made of."""
+    authors_layers: ClassVar[AuthorsLayers]
+    """What the layers of its transformer are called in the authors' own code."""
 
     def __init__(self, pipeline: Any, settings: BaseSettings):
         self.pipeline, self.settings = pipeline, settings

@@ -151,10 +151,12 @@ class BaseSettings:
             # the HTTP library underneath; their errors have no base class but this.
             get_hf_file_metadata(hf_hub_url(self.path, "model_index.json"), timeout=5)
         except Exception as reason:
+            remedy = "use the embedded base: add base=tiny to the same command"
+            if self.name == "tiny":
+                remedy = "give that of a checkout of the project: paths.assets_dir=<checkout>/assets"
             first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else ""
             raise UserError(
                 f"the weights of base {self.name!r} are neither in the folder {self.path!r} nor to be had from the "
                 f"hub ({type(reason).__name__}: {first_line}). Give a local folder with base.path=/path/to/weights, "
-                f"log in with `hf auth login` if the model is gated, or use the embedded base: add base=tiny to the "
-                f"same command."
+                f"log in with `hf auth login` if the model is gated, or {remedy}."
             ) from reason

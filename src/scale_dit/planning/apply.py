@@ -10,18 +10,20 @@ import torch
 from diffusers.hooks import apply_group_offloading
 
 from scale_dit.pipeline import ScaleDiTPipeline
+from scale_dit.pipeline_output import StageCost
 from scale_dit.planning.memory import Memory
 
 
 def apply_memory(
     pipeline: ScaleDiTPipeline, memory: Memory, device: torch.device, prompts: Iterable[Sequence[str]] = ()
-) -> None:
-    """Place a pipeline's parts, with its LoRA, as `memory` says.
+) -> StageCost:
+    """Place a pipeline's parts, with its LoRA, as `memory` says; returns the cost of stages that were run for it.
 
     Args:
         memory: What was chosen: nothing in it is `auto`.
         prompts: Every list of prompts that will be encoded, where text encoders do not stay.
     """
+    cost = StageCost()
     pipeline.base.feed_forward_tokens = memory.tokens
     pipeline.base.keys_values_on_host = memory.keys_values == "host"
     pipeline.decoding = replace(pipeline.decoding, mode=memory.decode)
@@ -32,12 +34,13 @@ def apply_memory(
     elif memory.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:
-        encode_ahead(pipeline, prompts, device, by_layers=memory.offload == "group")
+        encode_ahead(pipeline, prompts, device, cost, by_layers=memory.offload == "group")
         if memory.offload == "group":
             offload_blocks(pipeline.transformer, device)
             pipeline.vae.to(device)
         else:
             pipeline.to(device)
+    return cost
 
 
 def store_in_8_bits(transformer: Any) -> None:
@@ -46,20 +49,28 @@ def store_in_8_bits(transformer: Any) -> None:
 
 
 def encode_ahead(
-    pipeline: ScaleDiTPipeline, prompts: Iterable[Sequence[str]], device: torch.device, by_layers: bool = False
+    pipeline: ScaleDiTPipeline,
+    prompts: Iterable[Sequence[str]],
+    device: torch.device,
+    cost: StageCost,
+    by_layers: bool = False,
 ) -> None:
     """Encode all lists of prompts, and drop the text encoders: the base has the answers.
 
     Args:
+        cost: Where it is noted what encoding takes.
         by_layers: Only the layer that runs is on the device.
     """
-    encoders = pipeline.base.text_encoders
+    encoders, on_gpu = pipeline.base.text_encoders, device.type == "cuda"
     for encoder in encoders.values():
         if by_layers:
-            apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
+            apply_group_offloading(
+                encoder, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
+            )
         else:
             encoder.to(device)
-    pipeline.base.remember_prompts(prompts)
+    with cost.stage("text", device):
+        pipeline.base.remember_prompts(prompts)
     pipeline.register_modules(**dict.fromkeys(encoders))
     pipeline.base.drop_text_encoders()
 

@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from scale_dit.attention import attend_joined
 from scale_dit.autoencoder.attention import attend_all
+from scale_dit.autoencoder.planes import PIECE_BYTES
 from scale_dit.device import choose_device
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
@@ -27,6 +28,7 @@ BATCHES = 3
 BATCH_SECONDS = 0.4
 MOST_CALLS = 500
 SMALL_OPERATIONS = 200
+PIECES = 16
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -52,6 +54,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> Machine:
     picture, kernel = random(1, channels, side, side), random(channels, channels, 3, 3)
     convolution = rate(18 * side**2 * channels**2, lambda: conv2d(picture, kernel, padding=1))
 
+    pinning = _pinning_rate(device)  # first of what needs pinned memory: later some would be at hand
     heads, size = (24, 128) if large else (8, 32)
     rows = 8192 if large else 1088
     query, key, value = (random(1, heads, rows, size) for _ in range(3))
@@ -67,7 +70,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> Machine:
     launch = _seconds(lambda: [few * 2 for _ in range(SMALL_OPERATIONS)], device) / SMALL_OPERATIONS
     return Machine(
         device_name(device), str(dtype), matmul, convolution, attention, windowed, bandwidth, launch,
-        _host_copy_rate(device, rate), versions_line(), wide=wide,
+        _host_copy_rate(device, rate), versions_line(), wide=wide, pinning=pinning,
     )  # fmt: skip
 
 
@@ -89,6 +92,15 @@ def _host_copy_rate(device: torch.device, rate: Callable[[float, Callable[[], ob
     source = source.pin_memory() if device.type == "cuda" else source
     target = torch.empty_like(source, device=device)
     return rate(source.nbytes, lambda: target.copy_(source, non_blocking=True))
+
+
+def _pinning_rate(device: torch.device) -> float:
+    """Bytes/s that are pinned for the first time; 0 on a processor, for which nothing is pinned."""
+    if device.type != "cuda":
+        return 0.0
+    began = time.perf_counter()
+    pieces = [torch.empty(PIECE_BYTES, dtype=torch.int8, pin_memory=True) for _ in range(PIECES)]
+    return PIECES * pieces[0].nbytes / (time.perf_counter() - began)
 
 
 def _seconds(code: Callable[[], object], device: torch.device) -> float:

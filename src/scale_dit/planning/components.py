@@ -33,8 +33,7 @@ class Components:
         modules = {}
         for name, entry in DiffusionPipeline.load_config(base.path).items():
             if isinstance(entry, list | tuple) and entry[0] in ("diffusers", "transformers"):
-                with torch.device("meta"):
-                    part = _build(base.path, name, *entry)
+                part = _build(base.path, name, *entry)
                 if isinstance(part, nn.Module):
                     modules[name] = nn.Module.to(part, dtype)
         return cls(modules)
@@ -55,15 +54,25 @@ class Components:
         return load_family(base).from_components(parts, base, backend)
 
 
+def transformer_on_meta(base: BaseSettings) -> Any:
+    """The base's diffusion transformer alone; one in a file of its own has the same sizes.
+
+    Raises:
+        UserError: The base cannot be had.
+    """
+    base.check_weights()
+    return _build(base.path, "transformer", *DiffusionPipeline.load_config(base.path)["transformer"])
+
+
 def _build(path: str, name: str, library: str, kind: str) -> Any:
     """One part, or `None` for what has no weights."""
-    if library == "diffusers":
-        model = getattr(diffusers, kind)
-        return model.from_config(model.load_config(path, subfolder=name)) if issubclass(model, nn.Module) else None
-    model = getattr(transformers, kind)
+    model = getattr(diffusers if library == "diffusers" else transformers, kind)
     if not issubclass(model, nn.Module):
         return None
-    return model(transformers.AutoConfig.from_pretrained(path, subfolder=name))
+    with torch.device("meta"):
+        if library == "diffusers":
+            return model.from_config(model.load_config(path, subfolder=name))
+        return model(transformers.AutoConfig.from_pretrained(path, subfolder=name))
 
 
 def size_of(module: nn.Module) -> int:

@@ -35,6 +35,7 @@ class Machine:
         text_launch: Seconds that an operation of a text encoder takes at least, see `planning.practice`.
         wide: FLOP/s of the autoencoder's attention, whose head is wider than torch's kernels take; 0: not measured, as
             fast as the others.
+        pinning: Bytes/s of host memory that are pinned when they are first asked for; 0: not measured, nothing counts.
         practice: How much longer each other stage takes than its operations by themselves, see there.
     """
 
@@ -50,6 +51,7 @@ class Machine:
     versions: str
     text_launch: float = 0.0
     wide: float = 0.0
+    pinning: float = 0.0
     practice: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Trace, launch: float = 0.0) -> float:
@@ -66,6 +68,10 @@ class Machine:
     def _seconds(self, operation: Operation, launch: float) -> float:
         arithmetic = operation.flops / (getattr(self, operation.kind) or self.attention) if operation.flops else 0.0
         return max(arithmetic, operation.bytes / self.bandwidth, launch)
+
+    def pinning_seconds(self, count: int) -> float:
+        """Seconds until so many bytes of host memory are pinned for the first time."""
+        return count / self.pinning if self.pinning else 0.0
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON."""

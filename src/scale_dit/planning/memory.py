@@ -182,13 +182,13 @@ def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str
     """Most bytes on the device in each stage."""
     resident = weights.resident(memory.offload)
     kept = work.guidance.kept if work.guidance is not None else 0
-    on_device = kept if memory.keys_values == "device" else ON_DEVICE_AT_ONCE * kept // blocks
+    gone = 0 if memory.keys_values == "device" else kept - ON_DEVICE_AT_ONCE * kept // blocks
     working = {"text": work.text.peak, "decode": work.decode_peaks[memory.decode]}
     if work.draft is not None:
         working["draft"] = work.draft.peak
     if work.refine is not None:
         passed = work.guidance.peak if work.guidance is not None else 0
-        working["refine"] = max(on_device + work.refine.peak, passed)
+        working["refine"] = max(kept + work.refine.peak, passed) - gone
     return {
         stage: resident[stage] + working[stage] + WORKSPACE
         for stage in ("text", "draft", "refine", "decode")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from scale_dit.autoencoder import Decoding
-from scale_dit.autoencoder.memory import encode_bytes
+from scale_dit.autoencoder.memory import encode_bytes, host_bytes
 from scale_dit.errors import UserError
 from scale_dit.planning.components import Components, blocks_of
 from scale_dit.planning.machine import Machine
@@ -97,9 +97,10 @@ class Planner:
         text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
         computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
         found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
-        # Planes come and go while others are computed.
         if way.decode == "host":
-            found["decode"] = max(found["decode"], planes(work.decode["whole"]) / self.machine.host_copy)
+            found["decode"] = self._on_host(found["decode"], work.decode["whole"], work.host_bytes)
+        if way.offload == "group":
+            found["text"] += self.machine.pinning_seconds(sum(self.weights.text))
         return {stage: seconds + copied[stage] for stage, seconds in found.items()}
 
     def _guidance(self, work: Work, way: Memory) -> float:
@@ -147,8 +148,12 @@ class Planner:
         work = self.tracer.encoding(height, width, mode == "whole")
         seconds = self.machine.practice.get("decode", 1.0) * self.machine.seconds(work)
         if mode == "host":
-            seconds = max(seconds, planes(work) / self.machine.host_copy)
+            seconds = self._on_host(seconds, work, host_bytes(vae, height, width, encoding=True))
         return seconds, held + (work.peak if mode == "whole" else needed(vae, height, width, mode))
+
+    def _on_host(self, computed: float, work: Trace, pinned: int) -> float:
+        """Seconds of an autoencoder whose planes come and go while others are computed."""
+        return max(computed, planes(work) / self.machine.host_copy) + self.machine.pinning_seconds(pinned)
 
     def _copied(self, way: Memory) -> dict[str, int]:
         """Bytes of weights that go to the card at the beginning of a stage."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from scale_dit.pipeline_output import StageCost
 from scale_dit.planning.predict import STAGES, Prediction, gb
 
 
@@ -30,10 +31,15 @@ def before(prediction: Prediction, pictures: int, limit: int, machine: str) -> T
 
 
 class Actual:
-    """Adds up what pictures took beside what was predicted for them."""
+    """Adds up what pictures took beside what was predicted for them.
+
+    Attributes:
+        ahead: What stages took that were run for all pictures beforehand.
+    """
 
     def __init__(self) -> None:
         self.pictures = 0
+        self.ahead = StageCost()
         self.predicted: defaultdict[str, float] = defaultdict(float)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.predicted_peak: dict[str, int] = {}
@@ -44,22 +50,25 @@ class Actual:
         self.pictures += 1
         for stage, predicted in prediction.seconds.items():
             self.predicted[stage] += predicted
-            self.seconds[stage] += seconds.get(stage, 0.0)
             self.predicted_peak[stage] = max(self.predicted_peak.get(stage, 0), prediction.peak_bytes[stage])
+            if stage in self.ahead.seconds:
+                continue
+            self.seconds[stage] += seconds.get(stage, 0.0)
             if stage in peak_bytes:
                 self.peak[stage] = max(self.peak.get(stage, 0), peak_bytes[stage])
 
     def table(self) -> Table:
         """Predicted beside actual, summed over pictures; peaks are those of the largest."""
         table = Table(title=f"Predicted and actual, {self.pictures} pictures", title_justify="left")
+        taken, peaks = self.seconds | self.ahead.seconds, self.peak | self.ahead.peak_bytes
         table.add_column("stage")
         for header in ("predicted s", "actual s", "predicted GB", "actual GB"):
             table.add_column(header, justify="right")
         for stage in (name for name in STAGES if name in self.predicted):
-            peak = gb(self.peak[stage]) if stage in self.peak else "-"
-            row = seconds(self.predicted[stage]), seconds(self.seconds[stage]), gb(self.predicted_peak[stage]), peak
+            peak = gb(peaks[stage]) if stage in peaks else "-"
+            row = seconds(self.predicted[stage]), seconds(taken[stage]), gb(self.predicted_peak[stage]), peak
             table.add_row(stage, *row)
-        table.add_row("in all", seconds(sum(self.predicted.values())), seconds(sum(self.seconds.values())), "", "")
+        table.add_row("in all", seconds(sum(self.predicted.values())), seconds(sum(taken.values())), "", "")
         return table
 
 

@@ -80,7 +80,8 @@ class RunPlan:
         """Bring a pipeline that is in host memory to the device as planned; `texts` are encoded beside the prompts."""
         prompts = {text for each in self.pictures for text in (each.prompt, each.negative_prompt)}
         prompts |= {window.prompt for each in self.pictures for window in each.window_prompts}
-        apply_memory(pipeline, self.memory, self.device, [(text,) for text in sorted(prompts | set(texts))])
+        every = [(text,) for text in sorted(prompts | set(texts))]
+        self.actual.ahead = apply_memory(pipeline, self.memory, self.device, every)
 
     def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
         """Note what a picture took, by stage."""

@@ -14,7 +14,7 @@ from scale_dit.callbacks.statistics import peak_memory
 from scale_dit.planning.machine import free_bytes
 from scale_dit.planning.run import MARGIN
 from scale_dit.planning.training import TrainingPlan
-from scale_dit.sweeps import is_first_process
+from scale_dit.starting import is_first_process
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 MEASURED_STEP = 2

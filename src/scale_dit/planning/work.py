@@ -13,7 +13,7 @@ from torch import Tensor
 from scale_dit.attention import resolve
 from scale_dit.autoencoder.decoding import DECODES
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
-from scale_dit.autoencoder.memory import decode_bytes
+from scale_dit.autoencoder.memory import decode_bytes, host_bytes
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.method import Method, Plan, draft_plan
 from scale_dit.models.settings import BaseSettings
@@ -40,6 +40,7 @@ class Work:
         guidance: The guidance pass.
         decode: Decoding in every mode, see `scale_dit.autoencoder.Decoding`: the picture, or the draft if that is all.
         decode_peaks: Bytes that it takes in every mode.
+        host_bytes: Bytes of host memory that it takes in the mode `host`.
         draft_steps, refine_steps: How often.
     """
 
@@ -51,6 +52,7 @@ class Work:
     refine_steps: int
     decode: dict[str, Trace]
     decode_peaks: dict[str, int]
+    host_bytes: int
 
 
 class Tracer:
@@ -106,6 +108,7 @@ class Tracer:
             base.steps if sampling.steps is None else sampling.steps,
             decode,
             decode_peaks,
+            host_bytes(self.components.modules["vae"], *sides),
         )
 
     def _text(self, prompts: int) -> Trace:
