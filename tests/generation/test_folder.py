@@ -119,7 +119,7 @@ def test_a_picture_says_what_it_was_made_with(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_beforehand(tmp_path):
-    with pytest.raises(UserError, match="free some space"):
+    with pytest.raises(UserError, match="free some space and give the command again"):
         OutputFolder(tmp_path, {}).pending([Picture(0, "a", "", 0, 10**8, 10**8)])
 
 
@@ -127,9 +127,11 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(tmp_path):
 def test_a_disk_that_fills_up_is_said_in_one_sentence(tmp_path):
     picture = PICTURES[0]
     partial = f".{picture.stem}.png.{os.getpid()}.part"
-    os.symlink("/dev/full", tmp_path / partial)
-    with pytest.raises(UserError, match=r"the disk is full.*saved steps are kept.*resume="):
-        OutputFolder(tmp_path, {}).keep(picture, [torch.rand(3, 512, 512)], COST)
+    for remedy in ("give the command again", r"go on with: .* resume="):
+        os.symlink("/dev/full", tmp_path / partial)
+        with pytest.raises(UserError, match=rf"the disk is full.*saved steps are kept.*{remedy}"):
+            OutputFolder(tmp_path, {}).keep(picture, [torch.rand(3, 512, 512)], COST)
+        (tmp_path / "run.json").write_text("{}")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

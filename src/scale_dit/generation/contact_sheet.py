@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from scale_dit.files import write_atomically
-from scale_dit.generation.folder import OutputFolder, writing
+from scale_dit.generation.disk import writing
+from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.pictures import Picture
 from scale_dit.picture_files import opened
 

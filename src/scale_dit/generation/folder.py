@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +15,7 @@ from scale_dit.autoencoder import Decoding
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
 from scale_dit.generation.claims import clear_once
+from scale_dit.generation.disk import check_space, writing
 from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
@@ -25,6 +23,7 @@ from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_p
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
 from scale_dit.resuming import GENERATE, resume_command
+from scale_dit.run_folder import RECORD
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +46,7 @@ class OutputFolder:
         files: How they are written.
         config: The resolved config, for the pictures' metadata.
         decoding: How pictures are asked to be decoded.
+        repeated: Options of this command that the folder's record lacks and that going on takes.
     """
 
     path: Path
@@ -54,6 +54,7 @@ class OutputFolder:
     files: Files = field(default_factory=Files)
     config: Mapping[str, Any] | None = None
     decoding: Decoding = field(default_factory=Decoding)
+    repeated: tuple[str, ...] = ()
 
     program: ClassVar[str] = GENERATE
     texts: ClassVar[tuple[str, ...]] = ()
@@ -62,6 +63,15 @@ class OutputFolder:
     def resume_command(self, *options: str) -> str:
         """The command that goes on here, with options."""
         return resume_command(self.path, *options, program=self.program)
+
+    def go_on_command(self, *options: str) -> str:
+        """The command that goes on with what this one does here; options replace its own."""
+        return self.resume_command(*{each.split("=")[0]: each for each in (*self.repeated, *options)}.values())
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do when the folder can be written again; before there is a run record, nothing was made."""
+        return f"go on with: {self.go_on_command()}" if (self.path / RECORD).is_file() else "give the command again"
 
     @property
     def latents(self) -> SavedLatents:
@@ -117,8 +127,7 @@ class OutputFolder:
         """
         self._check_sizes(pictures)
         made = [self.digest(picture) for picture in pictures]
-        how = {"files": asdict(self.files), "decoding": asdict(self.decoding), "commit": commit()}
-        job = fingerprint(how, " ".join(made), 0)
+        job = fingerprint({"how": [asdict(self.files), asdict(self.decoding)], "commit": commit()}, " ".join(made), 0)
         with writing(self):
             self.path.mkdir(parents=True, exist_ok=True)
             clear_once(self.path, job, (self.path / FINISHED).is_file, self.remove_earlier)
@@ -141,33 +150,31 @@ class OutputFolder:
             raise UserError(f"{self.path} holds a finished run already: {remedy}")
         missing, written_otherwise = [], []
         for picture in pictures:
-            file = self.file(picture)
             provenance = self.provenance(picture)
             if provenance is None:
                 missing.append(picture)
                 if (latents := self._foreign_latents(picture)) is not None:
                     raise UserError(f"{latents} are steps of other settings or another prompt: {remedy}")
             elif provenance.get("fingerprint") != self.digest(picture):
-                raise UserError(f"{file} was made with other settings or another prompt: {remedy}")
+                raise UserError(f"{self.file(picture)} was made with other settings or another prompt: {remedy}")
             elif not self.files.made(provenance, self.decoding):
                 written_otherwise.append(picture)
         if rewrites:
             missing = [picture for picture in pictures if picture in (*missing, *written_otherwise)]
         elif written_otherwise:
             log.warning("%s", self.left_as_they_are(written_otherwise))
-        self._check_space(missing)
+        check_space(self, missing, self.how_to_go_on if goes_on else "give the command again")
         return missing
 
     def left_as_they_are(self, pictures: Sequence[Picture]) -> str:
         """Says of pictures that their files, which were written in another way, are not written anew, and what does."""
-        kept = all(self.latents.file(f"{picture.stem}.refine").is_file() for picture in pictures)
-        options = self.files.options(self.decoding)
-        numbers = ", ".join(str(picture.index) for picture in pictures)
-        how = "latents are there: decode them" if kept else "latents were not kept: make all pictures"
-        command = self.resume_command("stage=decode" if kept else "overwrite=true", *options)
+        options, numbers = self.files.options(self.decoding), ", ".join(str(picture.index) for picture in pictures)
+        remedy = "latents were not kept: make all pictures", "overwrite=true"
+        if all(self.latents.file(f"{picture.stem}.refine").is_file() for picture in pictures):
+            remedy = "latents are there: decode them", "stage=decode"
         return (
-            f"files that were written in another way than {' '.join(options)} stay as they are: {numbers}. Their {how} "
-            f"anew with: {command}"
+            f"files of other than {' '.join(options)} stay as they are, of the pictures {numbers}. Their {remedy[0]} "
+            f"anew with: {self.resume_command(remedy[1], *options)}"
         )
 
     def keep(
@@ -223,9 +230,8 @@ class OutputFolder:
                 continue
             seconds = sum(provenance.get("seconds", {}).values())
             entry = {"file": self.file(picture).name, **asdict(picture), "seconds": round(seconds, 3)}
-            del entry["index"]
-            if not picture.window_prompts:
-                del entry["window_prompts"]
+            unsaid = ("index",) if picture.window_prompts else ("index", "window_prompts")
+            entry = {name: value for name, value in entry.items() if name not in unsaid}
             lines.append(json.dumps(entry, ensure_ascii=False))
         with writing(self):
             write_atomically(self.path / FINISHED, "\n".join(lines) + "\n")
@@ -266,31 +272,3 @@ class OutputFolder:
     def _check_sizes(self, pictures: Sequence[Picture]) -> None:
         for picture in pictures:
             self.files.kind.check_size(picture.height, picture.width)
-
-    def _check_space(self, pictures: Sequence[Picture]) -> None:
-        with writing(self):
-            self.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path).free
-        needed = sum(3 * self.files.kind.bits // 8 * picture.height * picture.width for picture in pictures)
-        if needed > free:
-            raise UserError(
-                f"pictures, {len(pictures)} of them, can take {needed / 2**20:,.1f} MiB, but the disk of {self.path} "
-                f"has {free / 2**20:,.1f} MiB left: free some space, or choose another folder (output=...)"
-            )
-
-
-@contextmanager
-def writing(folder: OutputFolder) -> Iterator[None]:
-    """Turn what the operating system says about a file that cannot be written into one clear error.
-
-    Raises:
-        UserError: Naming the folder, the reason and how to go on.
-    """
-    try:
-        yield
-    except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(
-            f"{folder.path} cannot be written: {what}. Finished pictures and saved steps are kept: once it can be "
-            f"written, go on with: {folder.resume_command()}"
-        ) from error

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from scale_dit.errors import UserError
-from scale_dit.generation.folder import OutputFolder, writing
+from scale_dit.generation.disk import writing
+from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.photo import DraftPhoto, PhotoLatents
 from scale_dit.generation.pictures import Picture, Sampling
 from scale_dit.picture_files import save_picture
@@ -238,5 +239,5 @@ def enough_memory(stage: str, folder: OutputFolder, *remedy: str) -> Iterator[No
             raise
         raise UserError(
             f"out of memory in the stage {stage!r} ({str(error).splitlines()[0]}). The steps up to there are saved; go "
-            f"on with less memory: {folder.resume_command(*remedy)}"
+            f"on with less memory: {folder.go_on_command(*remedy)}"
         ) from error

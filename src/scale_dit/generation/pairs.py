@@ -23,7 +23,8 @@ from scale_dit.data.caption_files import METADATA
 from scale_dit.data.encoding import encode_drafts, guidance_size
 from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
-from scale_dit.generation.folder import OutputFolder, writing
+from scale_dit.generation.disk import writing
+from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.maker import Making
 from scale_dit.generation.pictures import Picture
 from scale_dit.models import load_family
@@ -100,8 +101,8 @@ class PairFolder(OutputFolder):
             load_family(base).stock.download(base.path)  # their content names what was encoded
         settings = {**folder.settings, "pairs": json.loads(json.dumps(asdict(pairs)))}
         return cls(
-            folder.path, settings, folder.files, folder.config, folder.decoding, pairs.fingerprint(base),
-            frozenset(firsts.values()), len(pictures),
+            folder.path, settings, folder.files, folder.config, folder.decoding, folder.repeated,
+            pairs.fingerprint(base), frozenset(firsts.values()), len(pictures),
         )  # fmt: skip
 
     @cached_property

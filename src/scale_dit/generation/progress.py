@@ -99,7 +99,7 @@ class GenerationProgress:
         """The next picture begins."""
         self.current += 1
         self.last = time.perf_counter()
-        self._describe("text")
+        self._describe("decode" if self.work[self.current].keys() == {"decode"} else "text")
 
     def step(self, stage: str, done: int, steps: int) -> None:
         """A step of a stage is done; `ScaleDiTPipeline`'s `progress` callback."""

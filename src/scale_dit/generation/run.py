@@ -17,6 +17,7 @@ from scale_dit.device import choose_device
 from scale_dit.errors import UserError
 from scale_dit.generation.claims import Claims
 from scale_dit.generation.contact_sheet import write_contact_sheet
+from scale_dit.generation.disk import writing
 from scale_dit.generation.files import TILED, Files
 from scale_dit.generation.folder import OutputFolder
 from scale_dit.generation.job import Job
@@ -96,7 +97,9 @@ def generate(
         remake.check(pictures, Path(output), files or Files(), job, photo)
         for picture in pictures:
             remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
-    folder = OutputFolder(Path(output), setup.settings(), files or Files(), config, setup.decoding)
+    files = files or Files()
+    repeated = ("stage=decode", *files.options(setup.decoding)) if job.stage == "decode" else ()
+    folder = OutputFolder(Path(output), setup.settings(), files, config, setup.decoding, repeated)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
     selected, plan = job.select(pictures), None
@@ -161,7 +164,11 @@ def _with_work(
     options = folder.files.options(folder.decoding)
     if not pictures:
         exact = "; what was decoded exactly is not decoded in tiles" if folder.decoding.mode == TILED else ""
-        _say(console, f"Nothing is left to decode with {' '.join(options)}{exact}. For other files give other values.")
+        _say(
+            console,
+            f"Nothing is left to decode with {' '.join(options)}{exact}. For other files give another format=, "
+            "quality= or memory.decode=",
+        )
     finished = [picture for picture in pictures if folder.finished(picture, "refine", steps) is not None]
     left_out = [picture for picture in pictures if picture not in finished]
     missing = [str(picture.index) for picture in left_out if not folder.holds(picture)]
@@ -199,7 +206,7 @@ def _make_all(
         interrupted = True
     if interrupted:
         _say(console, "Interrupted; every step is saved. Go on with:")
-        _say(console, f"  {folder.resume_command()}")
+        _say(console, f"  {folder.go_on_command()}")
         sys.exit(INTERRUPTED_STATUS)
 
 
@@ -260,10 +267,11 @@ def interrupted_by_termination() -> Iterator[None]:
 def _record(folder: OutputFolder, seed: int, there: int, job: Job) -> None:
     """Leave the run record; a command that goes on adds itself to it, one that makes drafts says anew what there is."""
     config = dict(folder.settings if folder.config is None else folder.config)
-    if job.goes_on and job.stage != "draft" and (folder.path / RECORD).is_file():
-        add_resumption(folder.path, config, seed, there)
-    else:
-        write_run_record(folder.path, config, seed)
+    with writing(folder):
+        if job.goes_on and job.stage != "draft" and (folder.path / RECORD).is_file():
+            add_resumption(folder.path, config, seed, there)
+        else:
+            write_run_record(folder.path, config, seed)
 
 
 def _work(setup: Setup, picture: Picture, stage: str) -> Mapping[str, float]:
