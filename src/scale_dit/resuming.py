@@ -94,14 +94,17 @@ def remake_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def resume_command(folder: Path, *options: str, program: str = GENERATE) -> str:
-    """The command that goes on in a folder of a program, with options; for where the process is.
-
-    It does the same part of the run as this one, with the options that replace those of the folder's first command.
-    """
+    """The command that goes on in a folder of a program, with options; for where the process is."""
     running = Path(sys.argv[0]).name == Path(program).name
-    script = sys.argv[0] if running else str(Path(path_of_project()) / program)
-    given = {key_of(option): option for option in (*(_typed if running else ()), *options)}
-    return shlex.join(["python", script, *given.values(), f"resume={folder}"])
+    return shlex.join(
+        ["python", sys.argv[0] if running else str(Path(path_of_project()) / program), *options, f"resume={folder}"]
+    )
+
+
+def typed_again() -> tuple[str, ...]:
+    """What the command that goes on with what this one does has to be given again: its part of the run, and options
+    that replace those of the folder's first command."""
+    return tuple(_typed)
 
 
 def _go_on(folder: Path, arguments: Sequence[str], places: Sequence[str], forget: Sequence[str] = ()) -> list[str]:

@@ -19,10 +19,11 @@ from scale_dit.generation.disk import check_space, writing
 from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
+from scale_dit.overrides import key_of
 from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_provenance, write_picture
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
-from scale_dit.resuming import GENERATE, resume_command
+from scale_dit.resuming import GENERATE, resume_command, typed_again
 from scale_dit.run_folder import RECORD
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class OutputFolder:
 
     def go_on_command(self, *options: str) -> str:
         """The command that goes on with what this one does here; options replace its own."""
-        return self.resume_command(*{each.split("=")[0]: each for each in (*self.repeated, *options)}.values())
+        given = {key_of(each): each for each in (*typed_again(), *self.repeated, *options)}
+        return self.resume_command(*given.values())
 
     @property
     def how_to_go_on(self) -> str:
