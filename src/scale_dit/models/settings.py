@@ -117,7 +117,7 @@ class BaseSettings:
         if record_path.is_file():
             return cls(**json.loads(record_path.read_text()) | {"path": str(path)})
         name = NAMES.get(Path(path).name, Path(path).name)
-        cls(name=name, path=path).check_weights()
+        cls(name=name, path=path)._check_there()
         from diffusers import DiffusionPipeline
 
         index = DiffusionPipeline.load_config(path)
@@ -150,17 +150,22 @@ class BaseSettings:
             )
 
     def check_weights(self) -> None:
-        """Say that the weights are not here, before anything else is done.
+        """Say that the weights are not here or of another kind, before anything else is done.
 
         Raises:
             UserError: Neither a local folder nor a model in the local hub cache, and the hub cannot be reached or
-                refuses; with the command that works without them. Or a `transformer_file` that is none.
+                refuses; with the command that works without them. Or a folder of another family or variant, or a
+                `transformer_file` that is none.
         """
+        self._check_there()
+        if (index := Path(self.path) / "model_index.json").is_file():
+            self._check_kind(json.loads(index.read_text()))
+
+    def _check_there(self) -> None:
         from scale_dit.models.single_file import check_transformer_file
 
         check_transformer_file(self.transformer_file)
-        if (index := Path(self.path) / "model_index.json").is_file():
-            self._check_kind(json.loads(index.read_text()))
+        if (Path(self.path) / "model_index.json").is_file():
             return
         from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
