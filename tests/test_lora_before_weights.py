@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from lora_helpers import linear_layers, random_lora
 from rich.console import Console
 from safetensors.torch import save_file
 from small_bases import GEOMETRY, SETTINGS, flux, klein
-from training_runs import ROOT
+from training_runs import ROOT, command_environment
 
 from scale_dit.embedded.build import build_transformer
 from scale_dit.errors import UserError
@@ -105,6 +107,16 @@ def test_training_refuses_a_first_lora_that_does_not_fit(unreadable, tmp_path):
     path = own_of(flux("tiny"), tmp_path)
     with pytest.raises(UserError, match=SAID["width"]):
         ScaleDiTModule(unreadable, METHOD, LoraSettings(4, 4), initial_lora=path)
+
+
+def test_the_layers_to_adapt_are_known_before_anything_loaded_a_family():
+    """In a process of its own: in this one every family is loaded. The demo's training begins so."""
+    code = (
+        "from scale_dit.lora_targets import target_modules; from scale_dit.models.settings import BaseSettings; "
+        "from scale_dit.planning.components import transformer_on_meta; "
+        f"assert target_modules(transformer_on_meta(BaseSettings.of({str(ROOT / 'assets' / 'tiny-flux')!r})))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=command_environment())
 
 
 def test_evaluation_refuses_what_does_not_fit(unreadable, tmp_path):

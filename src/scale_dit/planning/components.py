@@ -55,12 +55,13 @@ class Components:
 
 
 def transformer_on_meta(base: BaseSettings) -> Any:
-    """The base's diffusion transformer alone; one in a file of its own has the same sizes.
+    """The base's diffusion transformer alone, its family loaded; one in a file of its own has the same sizes.
 
     Raises:
         UserError: The base cannot be had.
     """
     base.check_weights()
+    load_family(base)  # which says what a LoRA adapts
     return _build(base.path, "transformer", *DiffusionPipeline.load_config(base.path)["transformer"])
 
 
