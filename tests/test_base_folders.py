@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from scale_dit.errors import UserError
-from scale_dit.models.settings import FLUX1, KLEIN_BASE, KLEIN_DISTILLED, BaseSettings
+from scale_dit.models.random_weights import base_settings, write_base
+from scale_dit.models.settings import FLUX1, KLEIN_BASE, KLEIN_DISTILLED, SCHNELL, BaseSettings
+from scale_dit.models.shapes import shape_of
+from scale_dit.sampling import warn_of_unread_scales
 
 FLUX = {"transformer": ["diffusers", "FluxTransformer2DModel"]}
 KLEIN = {"transformer": ["diffusers", "Flux2Transformer2DModel"]}
+
+
+def write_folder(folder: Path, index: dict, transformer: dict | None = None) -> str:
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if transformer is not None:
+        (folder / "transformer").mkdir()
+        (folder / "transformer" / "config.json").write_text(json.dumps(transformer))
+    return str(folder)
 
 
 @pytest.mark.parametrize(
@@ -23,9 +38,9 @@ KLEIN = {"transformer": ["diffusers", "Flux2Transformer2DModel"]}
     ],
 )
 def test_another_kind_is_refused_before_weights_are_read(index, settings, message, tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    path = write_folder(tmp_path, index)
     with pytest.raises(UserError, match=message):
-        BaseSettings(name="mine", path=str(tmp_path), **settings).check_weights()
+        BaseSettings(name="mine", path=path, **settings).check_weights()
 
 
 @pytest.mark.parametrize(
@@ -38,5 +53,67 @@ def test_another_kind_is_refused_before_weights_are_read(index, settings, messag
     ],
 )
 def test_its_own_kind_and_families_by_others_are_not(index, settings, tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    BaseSettings(name="mine", path=str(tmp_path), **settings).check_weights()
+    BaseSettings(name="mine", path=write_folder(tmp_path, index), **settings).check_weights()
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "message"),
+    [
+        ("klein_9b", "klein_4b", r"of 5 and 20 blocks of width 3072, which base 'klein_9b' is not: .*=klein_4b or"),
+        ("klein_base_4b", "klein_base_9b", r"of 8 and 24 blocks of width 4096.*base=klein_9b or klein_base_9b"),
+        ("flux1_dev", "flux1_schnell", r"guidance_embeds=False, .*use base=flux1_schnell$"),
+        ("flux1_schnell", "flux1_dev", r"guidance_embeds=True, .*use base=flux1_dev$"),
+    ],
+)
+def test_another_size_or_variant_is_refused_and_its_own_and_a_tiny_one_are_not(asked, there, message, tmp_path):
+    transformer = shape_of(there, "full")["transformer"]
+    path = write_folder(tmp_path, {"transformer": ["diffusers", transformer.kind]}, dict(transformer.sizes))
+    base_settings(there, path=path).check_weights()
+    base_settings(there, path=write_base(there, tmp_path / "tiny").path).check_weights()
+    with pytest.raises(UserError, match=message):
+        base_settings(asked, path=path).check_weights()
+
+
+def test_the_hub_id_of_another_base_is_refused_without_asking_the_hub():
+    with pytest.raises(UserError, match=r"FLUX.2-klein-4B is base=klein_4b, not base=klein_9b"):
+        base_settings("klein_9b", path="black-forest-labs/FLUX.2-klein-4B").check_weights()
+
+
+@pytest.mark.parametrize("name", ["flux1_dev", "flux1_schnell", "klein_4b", "klein_base_9b"])
+def test_a_folder_without_settings_of_its_own_has_those_of_its_kind(name, tmp_path):
+    transformer, settings = shape_of(name, "full")["transformer"], base_settings(name)
+    index = {"transformer": ["diffusers", transformer.kind], "is_distilled": name == "klein_4b"}
+    path = write_folder(tmp_path, index, dict(transformer.sizes))
+    assert BaseSettings.of(path) == replace(settings, name=tmp_path.name, path=path)
+
+
+def test_a_file_as_the_base_is_refused_with_the_option_for_it(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"img_in.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(UserError, match=rf"is a file.*base.transformer_file={file}"):
+        base_settings("klein_4b", path=str(file)).check_weights()
+
+
+def test_a_transformer_of_another_family_or_depth_is_refused_before_it_is_loaded(tmp_path):
+    flux, klein = (write_base(name, tmp_path / name) for name in ("flux1_dev", "klein_4b"))
+    (own,) = Path(klein.path, "transformer").glob("*.safetensors")
+    (other,) = Path(flux.path, "transformer").glob("*.safetensors")
+    replace(klein, transformer_file=str(own)).check_weights()
+    deep = {key: value for key, value in load_file(own).items() if not key.startswith("single_transformer_blocks.2.")}
+    save_file(deep, tmp_path / "shallow.safetensors")
+    for file, message in {
+        other: r"input layer is of \[32, 64\]",
+        tmp_path / "shallow.safetensors": "it has 2 single",
+    }.items():
+        with pytest.raises(UserError, match=rf"does not fit base 'klein_4b'.*{message}"):
+            replace(klein, transformer_file=str(file)).check_weights()
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "told"),
+    [(SCHNELL, 3.5, True), (SCHNELL, None, False), (SCHNELL, 1.0, False), (KLEIN_DISTILLED, 4, True), ({}, 5.0, False),
+     (KLEIN_BASE, 2.0, False)],
+)  # fmt: skip
+def test_guidance_scales_that_nothing_reads_are_said(settings, scale, told, caplog):
+    warn_of_unread_scales(BaseSettings(name="mine", **settings), scale, None)
+    assert ("nothing reads guidance_scale=" in caplog.text) == told

@@ -17,7 +17,7 @@ from scale_dit.lora import check_record
 from scale_dit.pipeline_output import ScaleDiTOutput, StageCost
 from scale_dit.pipeline_stages import StagedPipeline
 from scale_dit.recipe import Recipe
-from scale_dit.sampling import LowPass, derived_generators, one_generator_each
+from scale_dit.sampling import LowPass, derived_generators, one_generator_each, warn_of_unread_scales
 from scale_dit.stage import AfterStep
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class ScaleDiTPipeline(StagedPipeline):
             low_pass=LowPass(low_pass, low_pass_schedule, low_pass_until), wrap=wrap,
         )  # fmt: skip
         _ = replace(self.decoding, wrap=wrap)  # says what cannot be
+        warn_of_unread_scales(settings, guidance_scale, draft_guidance_scale)
         if self.lora_record:
             for difference in check_record(self.lora_record, settings.name, {"scale": recipe.plan.method.scale}):
                 log.warning("%s", difference)

@@ -59,7 +59,8 @@ class LoadedPipeline(Adapters, DiffusionPipeline):
         self._no_adapters()
         self.base: Driver = None  # type: ignore[assignment]
         kind = type(transformer).__name__
-        self.configure(BaseSettings.of_kind(kind, kind, is_distilled))
+        embeds = getattr(getattr(transformer, "config", None), "guidance_embeds", True)
+        self.configure(BaseSettings.of_kind(kind, kind, is_distilled, embeds))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: BaseSettings | None = None, **options: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings, check_guidance_scale
+
+log = logging.getLogger(__name__)
 
 Velocity = Callable[[Tensor, float], Tensor]
 """Function of the latents and the noise level sigma that gives the velocity eps - x_0."""
@@ -67,6 +70,18 @@ def check_sampling(
     for name, value in (("guidance_scale", guidance_scale), ("draft_guidance_scale", draft_guidance_scale)):
         if value is not None:
             check_guidance_scale(name, value)
+
+
+def warn_of_unread_scales(base: BaseSettings, guidance_scale: float | None, draft_guidance_scale: float | None) -> None:
+    """Say so if guidance scales are given that nothing reads."""
+    given = {"guidance_scale": guidance_scale, "draft_guidance_scale": draft_guidance_scale}
+    named = [f"{name}={value:g}" for name, value in given.items() if value is not None and value != base.guidance_scale]
+    if named and not base.reads_guidance_scale:
+        log.warning(
+            "nothing reads %s: base %s is distilled to few steps without guidance; choose one that has guidance, such "
+            "as base=flux1_dev or base=klein_base_4b",
+            " and ".join(named), base.name,
+        )  # fmt: skip
 
 
 def training_levels(
@@ -196,8 +211,8 @@ def one_generator_each(
 def derived_generators(generators: list[torch.Generator]) -> list[torch.Generator]:
     """Generators for the refinement, seeded by the state of those for the draft.
 
-    So the draft is the picture that the stock pipeline makes from the same generator, and the refinement's noise is
-    the same whether a draft was made or given.
+    So the draft is the picture that the stock pipeline makes from the same generator with the base's constant shift,
+    and the refinement's noise is the same whether a draft was made or given.
     """
     derived: dict[int, torch.Generator] = {}
     for each in generators:

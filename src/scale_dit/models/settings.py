@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_dit.errors import UserError
+from scale_dit.models.weights_folder import INDEX, check_folder, transformer_config
 
 SETTINGS_FILE = "scale_dit.json"
 NAMES = {
@@ -23,7 +24,8 @@ NAMES = {
 FLUX1, FLUX2 = "scale_dit.models.flux1.Flux1", "scale_dit.models.flux2.Flux2Klein"
 FAMILY_OF_KIND = {"FluxTransformer2DModel": FLUX1, "Flux2Transformer2DModel": FLUX2}
 """Class of the transformer in diffusers -> family."""
-KLEIN = {"family": FLUX2}
+SCHNELL = {"shift": 1.0, "text_length": 256, "guidance_scale": 1.0, "guidance_embeds": False, "steps": 4}
+KLEIN = {"family": FLUX2, "guidance_embeds": False}
 KLEIN_DISTILLED = KLEIN | {"shift": 9.9, "guidance_scale": 1.0, "steps": 4}
 KLEIN_BASE = KLEIN | {"shift": 7.6, "guidance_scale": 4.0, "steps": 50, "distilled": False}
 
@@ -56,7 +58,8 @@ class BaseSettings:
         training_spread: Standard deviation of those levels' normal; 1 is the paper's.
         guidance_scale: Default guidance scale of drafts, and of pictures that read none.
         refine_guidance_scale: Default of a refinement that reads its draft; `None` is `guidance_scale`.
-        distilled: Guidance is an input of the transformer (FLUX.1-dev) instead of a second evaluation.
+        distilled: There is no second evaluation for guidance.
+        guidance_embeds: Guidance is an input of the transformer instead (FLUX.1-dev).
         steps: Default steps of the draft and of the refinement.
         lora: The LoRA that evaluation and generation use unless they are told otherwise.
         transformer_file: A `.safetensors` file of the transformer, to use instead of the one in `path`.
@@ -76,6 +79,7 @@ class BaseSettings:
     guidance_scale: float = 3.5
     refine_guidance_scale: float | None = None
     distilled: bool = True
+    guidance_embeds: bool = True
     steps: int = 28
     lora: str | None = None
     transformer_file: str | None = None
@@ -96,6 +100,11 @@ class BaseSettings:
             return given
         refining = self.refine_guidance_scale if reads_draft else None
         return self.guidance_scale if refining is None else refining
+
+    @property
+    def reads_guidance_scale(self) -> bool:
+        """Whether a guidance scale changes anything."""
+        return not self.distilled or self.guidance_embeds
 
     def has_negative_branch(self, *guidance_scales: float) -> bool:
         """Whether any of these scales asks for the second branch of classifier-free guidance."""
@@ -121,60 +130,61 @@ class BaseSettings:
         from diffusers import DiffusionPipeline
 
         index = DiffusionPipeline.load_config(path)
-        return cls.of_kind(index["transformer"][1], name, bool(index.get("is_distilled")), str(path))
+        embeds = transformer_config(path).get("guidance_embeds", True)
+        return cls.of_kind(index["transformer"][1], name, bool(index.get("is_distilled")), embeds, str(path))
 
     @classmethod
-    def of_kind(cls, kind: str, name: str, distilled: bool, path: str = "") -> BaseSettings:
+    def of_kind(
+        cls, kind: str, name: str, distilled: bool = False, guidance_embeds: bool = True, path: str = ""
+    ) -> BaseSettings:
         """The settings of a family, by the class of its transformer in diffusers.
 
         Args:
-            distilled: Without classifier-free guidance, where a family has both.
+            distilled: FLUX.2-klein: without classifier-free guidance.
+            guidance_embeds: FLUX.1: the guidance scale is an input, as FLUX.1-dev has it and FLUX.1-schnell has not.
         """
-        klein: dict[str, Any] = KLEIN_DISTILLED if distilled else KLEIN_BASE
-        return cls(name=name, path=path, **(klein if kind == "Flux2Transformer2DModel" else {}))
-
-    def _check_kind(self, index: dict[str, Any]) -> None:
-        """Refuse a folder of another family, or of the other variant of FLUX.2-klein."""
-        kind = index.get("transformer", [None, None])[1]
-        family = FAMILY_OF_KIND.get(kind)
-        if family is not None and self.family != family and self.family in FAMILY_OF_KIND.values():
-            raise UserError(
-                f"{self.path} holds a {kind}, which base {self.name!r} is not: use base=flux1_dev or flux1_schnell "
-                f"for FLUX.1, base=klein_4b, klein_9b, klein_base_4b or klein_base_9b for FLUX.2"
-            )
-        distilled = index.get("is_distilled")
-        if family == FLUX2 and distilled is not None and bool(distilled) != self.distilled:
-            raise UserError(
-                f"{self.path} says is_distilled={bool(distilled)}, which base {self.name!r} is not: use "
-                f"{'base=klein_4b or klein_9b' if distilled else 'base=klein_base_4b or klein_base_9b'}"
-            )
+        own: dict[str, Any] = {} if guidance_embeds else SCHNELL
+        if kind == "Flux2Transformer2DModel":
+            own = KLEIN_DISTILLED if distilled else KLEIN_BASE
+        return cls(name=name, path=path, **own)
 
     def check_weights(self) -> None:
         """Say that the weights are not here or of another kind, before anything else is done.
 
         Raises:
             UserError: Neither a local folder nor a model in the local hub cache, and the hub cannot be reached or
-                refuses; with the command that works without them. Or a folder of another family or variant, or a
-                `transformer_file` that is none.
+                refuses; with the command that works without them. Or a folder of another family, variant or size, or a
+                `transformer_file` that is none or another's.
         """
+        from scale_dit.models.single_file import check_fit
+
+        named = NAMES.get(Path(self.path).name, self.name)
+        if named != self.name and self.name in NAMES.values() and not Path(self.path).exists():
+            raise UserError(f"{self.path} is base={named}, not base={self.name}: change one of base and base.path")
         self._check_there()
-        if (index := Path(self.path) / "model_index.json").is_file():
-            self._check_kind(json.loads(index.read_text()))
+        check_folder(self, FAMILY_OF_KIND)
+        check_fit(self)
 
     def _check_there(self) -> None:
         from scale_dit.models.single_file import check_transformer_file
 
         check_transformer_file(self.transformer_file)
-        if (Path(self.path) / "model_index.json").is_file():
+        if (Path(self.path) / INDEX).is_file():
             return
+        if Path(self.path).is_file():
+            raise UserError(
+                f"base.path={self.path} is a file, but a base is a folder in diffusers' format or a hub id: give a "
+                f"transformer that came as one file with base.transformer_file={self.path}, and leave out base.path, "
+                "or give the folder that everything else comes from"
+            )
         from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
         try:
-            if isinstance(try_to_load_from_cache(self.path, "model_index.json"), str):
+            if isinstance(try_to_load_from_cache(self.path, INDEX), str):
                 return
             # One request without retries, which a gated model refuses too. What an unreachable host raises depends on
             # the HTTP library underneath; their errors have no base class but this.
-            get_hf_file_metadata(hf_hub_url(self.path, "model_index.json"), timeout=5)
+            get_hf_file_metadata(hf_hub_url(self.path, INDEX), timeout=5)
         except Exception as reason:
             remedy = "use the embedded base: add base=tiny to the same command"
             if self.name == "tiny":

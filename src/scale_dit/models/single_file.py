@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from diffusers import DiffusionPipeline
 
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings
+from scale_dit.models.weights_folder import transformer_config
+
+INPUT_NAMES = {"picture": ("x_embedder", "img_in"), "text": ("context_embedder", "txt_in")}
+BLOCK_NAMES = {
+    "num_layers": ("transformer_blocks", "double_blocks"),
+    "num_single_layers": ("single_transformer_blocks", "single_blocks"),
+}
+"""Layers by the names of diffusers and of the authors' code."""
+INPUTS = re.compile(r"(?:^|\.)(x_embedder|img_in|context_embedder|txt_in)\.weight$")
 
 
 def transformer_of(settings: BaseSettings, dtype: torch.dtype) -> dict[str, Any]:
@@ -59,6 +69,34 @@ def check_transformer_file(file: str | None) -> None:
         ) from error
     if empty:
         raise UserError(f"base.transformer_file={file} holds no weights")
+
+
+def check_fit(settings: BaseSettings) -> None:
+    """Hold the names and shapes of `settings.transformer_file` against the transformer's config, weights unread.
+
+    Raises:
+        UserError: It is of another family, or of another size.
+    """
+    if settings.transformer_file is None:
+        return
+    config = transformer_config(settings.path)
+    if not config:
+        return
+    kind = config["_class_name"]
+    with safetensors.safe_open(settings.transformer_file, framework="pt") as opened:
+        names = list(opened.keys())
+        shapes = {name: opened.get_slice(name).get_shape() for name in names if INPUTS.search(name)}
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    wanted = {"picture": [width, config["in_channels"]], "text": [width, config["joint_attention_dim"]]}
+    for input_of, (inner, outer) in INPUT_NAMES.items():
+        found = [shape for name, shape in shapes.items() if name.split(".")[-2] in (inner, outer)]
+        if found != [wanted[input_of]]:
+            said = f"of {found[0]}" if found else "missing"
+            raise _does_not_fit(settings, kind, f"the {input_of}'s input layer is {said}, not of {wanted[input_of]}")
+    for blocks, (inner, outer) in BLOCK_NAMES.items():
+        numbers = re.findall(rf"(?:^|\.)(?:{inner}|{outer})\.(\d+)\.", "\n".join(names), re.MULTILINE)
+        if (found_blocks := len(set(numbers))) != config[blocks]:
+            raise _does_not_fit(settings, kind, f"it has {found_blocks} {outer}, not {config[blocks]}")
 
 
 def _does_not_fit(settings: BaseSettings, kind: str, reason: str) -> UserError:

@@ -1,0 +1,78 @@
+"""What a folder of weights says that it holds, held against the base that is asked for, before weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scale_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from scale_dit.models.settings import BaseSettings
+
+INDEX, CONFIG = "model_index.json", "transformer/config.json"
+SIZES = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
+
+
+def transformer_config(path: str) -> dict[str, Any]:
+    """The transformer's config in a folder of diffusers' format or of a hub id; `{}` for a folder without it."""
+    if Path(path).is_dir():
+        file = Path(path) / CONFIG
+        return json.loads(file.read_text()) if file.is_file() else {}
+    from huggingface_hub import hf_hub_download
+
+    return json.loads(Path(hf_hub_download(path, CONFIG)).read_text())
+
+
+def check_folder(settings: BaseSettings, family_of_kind: dict[str, str]) -> None:
+    """Refuse a folder of another family, variant or size than its base.
+
+    Families that this project does not know may have any.
+
+    Args:
+        family_of_kind: Class of the transformer in diffusers -> family.
+
+    Raises:
+        UserError: It is of another kind; with the bases that are of this one.
+    """
+    path = Path(settings.path)
+    if not (path / INDEX).is_file():
+        return
+    index, config = json.loads((path / INDEX).read_text()), transformer_config(settings.path)
+    kind = index.get("transformer", [None, None])[1]
+    family = family_of_kind.get(kind)
+    if family is None or settings.family not in family_of_kind.values():
+        return
+    if settings.family != family:
+        raise _other(settings, f"holds a {kind}", _bases(kind))
+    distilled, embeds = index.get("is_distilled"), config.get("guidance_embeds")
+    # Only FLUX.2-klein's index says it.
+    if distilled is not None and bool(distilled) != settings.distilled:
+        fitting = [name for name in _bases(kind) if name.startswith("klein_base") != bool(distilled)]
+        raise _other(settings, f"says is_distilled={bool(distilled)}", fitting)
+    if settings.distilled and embeds is not None and bool(embeds) != settings.guidance_embeds:
+        fitting = [name for name in _bases(kind) if _sizes_of(name)["guidance_embeds"] == bool(embeds)]
+        raise _other(settings, f"says guidance_embeds={bool(embeds)}", fitting)
+    fitting = [name for name in _bases(kind) if all(_sizes_of(name)[size] == config.get(size) for size in SIZES)]
+    if fitting and settings.name in _bases(kind) and settings.name not in fitting:
+        blocks = f"{config['num_layers']} and {config['num_single_layers']} blocks"
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        raise _other(settings, f"holds a {kind} of {blocks} of width {width}", fitting)
+
+
+def _other(settings: BaseSettings, found: str, fitting: list[str]) -> UserError:
+    return UserError(f"{settings.path} {found}, which base {settings.name!r} is not: use base={' or '.join(fitting)}")
+
+
+def _bases(kind: str) -> list[str]:
+    """Bases of the public configs whose transformer is of this class."""
+    from scale_dit.models.shapes import SHAPES
+
+    return [name for name, shape in SHAPES["full"].items() if shape["transformer"].kind == kind]
+
+
+def _sizes_of(name: str) -> Any:
+    from scale_dit.models.shapes import SHAPES
+
+    return SHAPES["full"][name]["transformer"].sizes
