@@ -46,7 +46,10 @@ DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 PROMPT = "a harbour at dawn"
 FIRST, GUIDANCE = "flux1_dev", 3.5
 DENSE = "stock_eager", "stock_compiled"
-WINDOWED = "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled", "windowed_parts_compiled"
+WINDOWED = (
+    "windowed_eager", "windowed_parts", "windowed_low_memory", "windowed_compiled", "windowed_parts_compiled",
+    "windowed_low_memory_compiled",
+)  # fmt: skip
 
 
 def cap_memory(gb: float | None) -> None:
@@ -131,7 +134,7 @@ def _windowed_step(driver: Driver, px: Side, kind: str) -> Callable[[], object]:
     plan = Method(scale=scale).plan(settings, px.height, px.width)
     text = Text(random(1, plan.layout.text, config.joint_attention_dim), random(1, driver.pooled_size))
     driver.feed_forward_tokens = None if kind in ("windowed_eager", "windowed_compiled") else PART
-    driver.keys_values_on_host = kind == "windowed_low_memory"
+    driver.keys_values_on_host = kind.startswith("windowed_low_memory")
     tokens, moment = random(1, plan.layout.image.tokens, config.in_channels), torch.full((1,), 0.5, device=DEVICE)
     draft = random(1, plan.layout.guidance_tokens, config.in_channels)
     guidance = driver.guidance_pass(draft, text.pooled, plan, GUIDANCE)
