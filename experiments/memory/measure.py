@@ -16,6 +16,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,6 @@ class Run:
         torch.cuda.empty_cache()
         self.plan.prepare(self.pipeline)
         print(self.plan.memory, flush=True)
-        self.make(sizes[0], 1)
 
     def make(self, px: Side, steps: int | None = None) -> StageCost:
         """Seconds and peak bytes by stage of one picture; of its text where that was encoded, also beforehand."""
@@ -170,8 +170,10 @@ class Run:
         return StageCost(made.cost.seconds | ahead.seconds, made.cost.peak_bytes | ahead.peak_bytes)
 
     def planned(self, px: Side) -> Prediction:
-        """What was planned for it."""
-        return self.plan.planner.predict(px.height, px.width, self.plan.memory)
+        """What was planned for one picture of several; its text as the first, if it was encoded beforehand."""
+        found = self.plan.planner.predict(px.height, px.width, self.plan.memory)
+        first = {stage: found.as_first().seconds[stage] for stage in self.plan.actual.ahead.seconds}
+        return replace(found, seconds=found.seconds | first)
 
 
 def measure_pictures(options: argparse.Namespace) -> None:
@@ -179,8 +181,8 @@ def measure_pictures(options: argparse.Namespace) -> None:
     cap_memory(options.cap)
     run = Run(options.base, options.px, options.steps, Memory(limit_gb=options.cap and options.cap * 0.95))
     for px in options.px:
-        cost = run.make(px)
-        planned = run.planned(px)
+        run.make(px, 1)
+        cost, planned = run.make(px), run.planned(px)
         rows = []
         for stage in planned.seconds:
             rows.append(
@@ -201,6 +203,7 @@ def measure_least(options: argparse.Namespace) -> None:
     """The lowest cap, in whole GB, under which a picture is made with the least memory that leaves it as it is."""
     run = Run(options.base, options.px, 1, Memory("group", 4096, "host", "host"))
     for px in options.px:
+        run.make(px)
         cost = run.make(px)
         allocated = max(peak for stage, peak in cost.peak_bytes.items() if stage != "text")
         cap = max(1, -(-allocated // 10**9))

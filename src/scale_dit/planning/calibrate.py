@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from scale_dit.device import choose_device
 from scale_dit.grid import Grid
 from scale_dit.layout import Layout
 from scale_dit.planning.machine import Machine, cache_folder, device_name, file_name
-from scale_dit.planning.practice import in_practice
+from scale_dit.planning.practice import first_encoding, in_practice, thin_pipeline
 from scale_dit.provenance import versions_line
 
 BATCHES = 3
@@ -33,7 +34,9 @@ PIECES = 16
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure a device: half a minute on a GPU, as on a processor, whose sizes are smaller."""
-    return in_practice(rates(device, dtype), device, dtype)
+    pipeline = thin_pipeline(device, dtype)
+    first = first_encoding(pipeline)  # before anything else is computed
+    return in_practice(replace(rates(device, dtype), first_encoding=first), pipeline)
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Machine:

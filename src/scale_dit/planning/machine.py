@@ -36,6 +36,9 @@ class Machine:
         wide: FLOP/s of the autoencoder's attention, whose head is wider than torch's kernels take; 0: not measured, as
             fast as the others.
         pinning: Bytes/s of host memory that are pinned when they are first asked for; 0: not measured, nothing counts.
+        group_copy: Bytes/s at which a transformer's blocks come one by one while others compute; 0: not measured, as
+            fast as one copy.
+        first_encoding: Seconds that the first prompt of a process takes beyond others: libraries are loaded.
         practice: How much longer each other stage takes than its operations by themselves, see there.
     """
 
@@ -52,6 +55,8 @@ class Machine:
     text_launch: float = 0.0
     wide: float = 0.0
     pinning: float = 0.0
+    group_copy: float = 0.0
+    first_encoding: float = 0.0
     practice: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Trace, launch: float = 0.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 from torch import nn
 
@@ -120,14 +120,16 @@ class Weights:
     """Bytes of a base's weights, as they are stored.
 
     Attributes:
-        text, largest_text_layer: Of each text encoder, and of their largest layer.
+        text, text_table, text_layers: Of each text encoder, of their largest table of embeddings, and of the largest
+            two other layers that follow each other.
         transformer: Of the whole transformer, in its blocks, and of its largest block.
         decoder: Of the autoencoder.
         cast: Numbers that are stored in 8 bits and computed with in more.
     """
 
     text: tuple[int, ...]
-    largest_text_layer: int
+    text_table: int
+    text_layers: int
     transformer: int
     blocks: int
     largest_block: int
@@ -147,13 +149,13 @@ class Weights:
             return size_of(module) - saved * numbers(module)
 
         encoders = list(components.text_encoders.values())
+        layers = [layer for each in encoders for layer in each.modules() if not len(list(layer.children()))]
+        others = [size_of(layer) for layer in layers if not isinstance(layer, nn.Embedding)]
         blocks = [stored(block) for block in blocks_of(transformer)]
         return cls(
             tuple(map(size_of, encoders)),
-            max(
-                (size_of(layer) for each in encoders for layer in each.modules() if not len(list(layer.children()))),
-                default=0,
-            ),
+            max((size_of(layer) for layer in layers if isinstance(layer, nn.Embedding)), default=0),
+            max((sum(pair) for pair in pairwise(others)), default=0),
             stored(transformer),
             sum(blocks),
             max(blocks),
@@ -175,7 +177,7 @@ class Weights:
             }  # fmt: skip
         outside = self.transformer - self.blocks + self.autoencoder
         running = outside + ON_DEVICE_AT_ONCE * self.largest_block
-        return {"text": self.largest_text_layer, "draft": running, "refine": running, "decode": outside}
+        return {"text": self.text_layers, "draft": running, "refine": running, "decode": outside}
 
 
 def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str, int]:
@@ -189,6 +191,8 @@ def peaks(work: Work, weights: Weights, memory: Memory, blocks: int) -> dict[str
     if work.refine is not None:
         passed = work.guidance.peak if work.guidance is not None else 0
         working["refine"] = max(kept + work.refine.peak, passed) - gone
+    if memory.offload == "group":  # embeddings are looked up before anything is computed
+        working["text"] = max(working["text"], weights.text_table - resident["text"])
     return {
         stage: resident[stage] + working[stage] + WORKSPACE
         for stage in ("text", "draft", "refine", "decode")

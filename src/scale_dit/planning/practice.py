@@ -1,5 +1,7 @@
 """How much longer stages take than the sum of their operations: a thin base is run, and held against its own plan.
 
+Also what its text encoders take when they are first called, and how fast its blocks come from host memory.
+
 Rates of single operations leave out what lies between them: Python, small matrices, memory that is read again. The thin
 base's transformer has the width of a real one, so that its operations are as large, and few blocks. Its text encoders
 have the depth of real ones and are narrow: encoding one prompt on a card is bound by how fast it is asked for.
@@ -17,7 +19,8 @@ from scale_dit.models.random_weights import base_settings, fitted, on_meta, rand
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.shapes import Shape, shape_of
 from scale_dit.pipeline import ScaleDiTPipeline
-from scale_dit.planning.apply import apply_memory
+from scale_dit.pipeline_output import StageCost
+from scale_dit.planning.apply import apply_memory, offload_blocks
 from scale_dit.planning.components import Components
 from scale_dit.planning.machine import Machine
 from scale_dit.planning.memory import Memory
@@ -50,35 +53,60 @@ def thin_base(on_gpu: bool) -> tuple[BaseSettings, Shape, int]:
     return replace(base_settings(NAME, "tiny"), native=256), {**text, "transformer": transformer, "vae": vae}, 512
 
 
-def in_practice(machine: Machine, device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine with what its single rates do not say, `text_launch` and `practice`."""
+def thin_pipeline(device: torch.device, dtype: torch.dtype) -> ScaleDiTPipeline:
+    """The thin base with random weights, on the device."""
+    settings, shape, _ = thin_base(device.type == "cuda")
+    pipeline = ScaleDiTPipeline(**random_components(shape, device, dtype), is_distilled=settings.distilled)
+    pipeline.configure(settings)
+    pipeline.method = Method()
+    return pipeline
+
+
+def first_encoding(pipeline: ScaleDiTPipeline) -> float:
+    """Seconds that the first prompt takes beyond the next one, in a process in which nothing was computed before."""
+    first, second = StageCost(), StageCost()
+    for cost in (first, second):
+        with cost.stage("text", pipeline.base.device):
+            pipeline.base.encode_prompts(["a thin base"])
+    return max(0.0, first.seconds["text"] - second.seconds["text"])
+
+
+def in_practice(machine: Machine, pipeline: ScaleDiTPipeline) -> Machine:
+    """The machine with what its single rates do not say: `text_launch`, `practice` and `group_copy`.
+
+    Args:
+        pipeline: The thin one. On a GPU it is offloaded afterwards.
+    """
     from scale_dit.generation.pictures import Sampling  # generation plans with this package
 
+    device, dtype = pipeline.base.device, pipeline.base.dtype
     on_gpu = device.type == "cuda"
     settings, shape, side = thin_base(on_gpu)
-    sampling, method = Sampling(steps=STEPS, draft_steps=STEPS), Method()
+    sampling = Sampling(steps=STEPS, draft_steps=STEPS)
     components = Components({name: module.to(dtype) for name, module in on_meta(fitted(shape)).items()})
-    tracer = Tracer(settings, method, sampling, components, "auto", device)
+    tracer = Tracer(settings, pipeline.method, sampling, components, "auto", device)
     planner = Planner(tracer, components, machine, Memory(), on_gpu)
     way = planner.ways[0]
     predicted = planner.predict(side, side, way).seconds
     encoding = tracer.work(side, side, way.tokens).text
-
-    pipeline = ScaleDiTPipeline(**random_components(shape, device, dtype), is_distilled=settings.distilled)
-    pipeline.configure(settings)
-    pipeline.method = method
     apply_memory(pipeline, way, device)
 
-    def run() -> dict[str, float]:
-        made: Any = pipeline(
-            "a thin base", side, side, num_inference_steps=STEPS, draft_steps=STEPS, output_type="pt",
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        return made.cost.seconds
+    def taken() -> dict[str, float]:
+        """Seconds by stage, of the runs in which each was disturbed least."""
+        runs = []
+        for _ in range(1 + RUNS):
+            made: Any = pipeline(
+                "a thin base", side, side, num_inference_steps=STEPS, draft_steps=STEPS, output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+            runs.append(made.cost.seconds)
+        return {stage: min(each[stage] for each in runs[1:]) for stage in predicted}
 
-    run()
-    runs = [run() for _ in range(RUNS)]
-    taken = {stage: min(each[stage] for each in runs) for stage in predicted}
-    text = taken.pop("text") / sum(encoding.operations.values())
-    found = {stage: seconds / predicted[stage] for stage, seconds in taken.items()}
-    return replace(machine, text_launch=text, practice=found)
+    found = taken()
+    text = found.pop("text") / sum(encoding.operations.values())
+    practice = {stage: seconds / predicted[stage] for stage, seconds in found.items()}
+    machine = replace(machine, text_launch=text, practice=practice)
+    if not on_gpu:
+        return machine
+    offload_blocks(pipeline.transformer, device)
+    return replace(machine, group_copy=STEPS * planner.weights.blocks / taken()["draft"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -31,6 +31,8 @@ class Prediction:
     Attributes:
         seconds, peak_bytes: By stage; stages that do not run are left out.
         guidance_seconds: Of the refinement's guidance passes.
+        first: Seconds, by stage, that the first picture of a process takes beyond those: host memory is pinned,
+            libraries are loaded.
     """
 
     height: int
@@ -39,6 +41,11 @@ class Prediction:
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     guidance_seconds: float = 0.0
+    first: Mapping[str, float] = field(default_factory=dict)
+
+    def as_first(self) -> Prediction:
+        """Where it is the first picture of a process."""
+        return replace(self, seconds={stage: each + self.first.get(stage, 0.0) for stage, each in self.seconds.items()})
 
     def in_boxes(self, share: float) -> Prediction:
         """Where the base computes boxes that add up to a share of the picture at each step, above 1 beside the whole.
@@ -85,36 +92,56 @@ class Planner:
         peak_bytes = peaks(work, self.weights, way, blocks)
         seconds = self._seconds(work, way)
         guidance = self.machine.practice.get("refine", 1.0) * self._guidance(work, way)
-        return Prediction(height, width, way, {name: seconds[name] for name in peak_bytes}, peak_bytes, guidance)
+        seconds = {name: seconds[name] for name in peak_bytes}
+        return Prediction(height, width, way, seconds, peak_bytes, guidance, self._first(work, way))
 
     def _seconds(self, work: Work, way: Memory) -> dict[str, float]:
         spent, practice = self.machine.seconds, self.machine.practice
         copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
         draft_steps = work.draft_steps if work.draft is not None else 0
         draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
-        refine = self._passes(spent(work.refine), work.refine_steps, way) if work.refine is not None else 0.0
+        read = self._kept_on_host(work, way)
+        refine = self._passes(spent(work.refine), work.refine_steps, way, read) if work.refine is not None else 0.0
         refine += self._guidance(work, way)
         text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
         computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
         found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
         if way.decode == "host":
-            found["decode"] = self._on_host(found["decode"], work.decode["whole"], work.host_bytes)
-        if way.offload == "group":
-            found["text"] += self.machine.pinning_seconds(sum(self.weights.text))
+            found["decode"] = self._on_host(found["decode"], work.decode["whole"])
         return {stage: seconds + copied[stage] for stage, seconds in found.items()}
+
+    def _first(self, work: Work, way: Memory) -> dict[str, float]:
+        """Seconds that the first picture of a process takes beyond others."""
+        pinned = {
+            "text": sum(self.weights.text) if way.offload == "group" else 0,
+            "refine": self._kept_on_host(work, way),
+            "decode": work.host_bytes if way.decode == "host" else 0,
+        }
+        found = {stage: self.machine.pinning_seconds(count) for stage, count in pinned.items()}
+        return found | {"text": found["text"] + self.machine.first_encoding}
+
+    @staticmethod
+    def _kept_on_host(work: Work, way: Memory) -> int:
+        """Bytes of the draft's keys and values in host memory."""
+        return work.guidance.kept if work.guidance is not None and way.keys_values == "host" else 0
 
     def _guidance(self, work: Work, way: Memory) -> float:
         """Seconds of the guidance passes of a picture: one, or one a step where edges join."""
         if work.guidance is None:
             return 0.0
         passes = 1 if self.tracer.sampling.wrap == "none" else work.refine_steps
-        return self._passes(self.machine.seconds(work.guidance), passes, way)
+        written = self._kept_on_host(work, way) / self.machine.host_copy
+        return self._passes(self.machine.seconds(work.guidance) + written, passes, way)
 
-    def _passes(self, seconds: float, count: int, way: Memory) -> float:
-        """Seconds of `count` steps; weights that are not on the card come while others compute, or it waits."""
+    def _passes(self, seconds: float, count: int, way: Memory, read: int = 0) -> float:
+        """Seconds of `count` steps; what is not on the card comes while it computes, or it waits.
+
+        Args:
+            read: Bytes that come from host memory beside weights.
+        """
         seconds += FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
         if way.offload == "group":
-            seconds = max(seconds, self.weights.blocks / self.machine.host_copy)
+            seconds = max(seconds, (self.weights.blocks + read) / (self.machine.group_copy or self.machine.host_copy))
         return count * seconds
 
     def encoded(self, found: Prediction, sizes: Sequence[tuple[int, int]], limit: int) -> Prediction:
@@ -132,28 +159,33 @@ class Planner:
             seconds["refine"] += self.weights.transformer / self.machine.host_copy
         seconds.pop("draft", None)
         peak_bytes.pop("draft", None)
+        pinned = 0
         if sizes:
             each = [self._encoding(*size, found.memory, limit) for size in sizes]
             moved = self.weights.autoencoder / self.machine.host_copy if moves else 0.0
-            seconds["draft"] = moved + sum(one for one, _ in each)
-            peak_bytes["draft"] = max(peak for _, peak in each)
-        return replace(found, seconds=seconds, peak_bytes=peak_bytes)
+            seconds["draft"] = moved + sum(one for one, _, _ in each)
+            peak_bytes["draft"] = max(peak for _, peak, _ in each)
+            pinned = max(host for _, _, host in each)
+        first = {**found.first, "draft": self.machine.pinning_seconds(pinned)}
+        return replace(found, seconds=seconds, peak_bytes=peak_bytes, first=first)
 
-    def _encoding(self, height: int, width: int, way: Memory, limit: int) -> tuple[float, int]:
-        """Seconds and peak bytes of encoding a picture."""
+    def _encoding(self, height: int, width: int, way: Memory, limit: int) -> tuple[float, int, int]:
+        """Seconds, peak bytes and bytes of host memory of encoding a picture."""
         vae, device = self.components.modules["vae"], self.tracer.device
         held = self.weights.resident(way.offload)["decode"] + WORKSPACE
         needed = partial(encode_bytes, device=device)
         mode = Decoding().choice(vae, height, width, limit - held, needed, device)
         work = self.tracer.encoding(height, width, mode == "whole")
         seconds = self.machine.practice.get("decode", 1.0) * self.machine.seconds(work)
+        pinned = 0
         if mode == "host":
-            seconds = self._on_host(seconds, work, host_bytes(vae, height, width, encoding=True))
-        return seconds, held + (work.peak if mode == "whole" else needed(vae, height, width, mode))
+            seconds = self._on_host(seconds, work)
+            pinned = host_bytes(vae, height, width, encoding=True)
+        return seconds, held + (work.peak if mode == "whole" else needed(vae, height, width, mode)), pinned
 
-    def _on_host(self, computed: float, work: Trace, pinned: int) -> float:
+    def _on_host(self, computed: float, work: Trace) -> float:
         """Seconds of an autoencoder whose planes come and go while others are computed."""
-        return max(computed, planes(work) / self.machine.host_copy) + self.machine.pinning_seconds(pinned)
+        return max(computed, planes(work) / self.machine.host_copy)
 
     def _copied(self, way: Memory) -> dict[str, int]:
         """Bytes of weights that go to the card at the beginning of a stage."""

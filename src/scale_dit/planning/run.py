@@ -72,9 +72,9 @@ class RunPlan:
         self.actual = Actual()
 
     def show(self, console: Console) -> None:
-        """Print what the largest picture will take."""
+        """Print what the largest picture will take, if it is the first of them."""
         largest = max(self.pictures, key=lambda each: each.height * each.width)
-        console.print(before(self._predicted(largest), len(self.pictures), self.limit, self.machine.name))
+        console.print(before(self._predicted(largest).as_first(), len(self.pictures), self.limit, self.machine.name))
 
     def prepare(self, pipeline: ScaleDiTPipeline, texts: Sequence[str] = ()) -> None:
         """Bring a pipeline that is in host memory to the device as planned; `texts` are encoded beside the prompts."""
@@ -85,7 +85,8 @@ class RunPlan:
 
     def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
         """Note what a picture took, by stage."""
-        self.actual.add(self._predicted(picture), seconds, peak_bytes)
+        predicted = self._predicted(picture)
+        self.actual.add(predicted if self.actual.pictures else predicted.as_first(), seconds, peak_bytes)
 
     def show_actual(self, console: Console) -> None:
         """Print what the pictures took beside what was predicted."""
