@@ -32,6 +32,7 @@ FINISHED = "pictures.jsonl"
 """List of the pictures of a finished run, beside them; it can be given as a prompt file again."""
 
 LATENTS, DRAFTS = "latents", "drafts"
+SHEET, SHEET_LIST = "contact_sheet.png", "contact_sheet.json"
 PICTURES = "[0-9][0-9][0-9][0-9][0-9]_seed*"
 OF_REFINEMENT = ("steps", "guidance_scale", "start", "low_pass", "low_pass_schedule", "low_pass_until", "decode_tile")
 """Sampling that leaves drafts as they are, as all of the method does: a draft's scale comes from its size."""
@@ -268,7 +269,7 @@ class OutputFolder:
         ours = (self.path.glob(PICTURES), *(self.path.glob(f"{folder}/{PICTURES}") for folder in (LATENTS, DRAFTS)))
         suffixes = {*(kind.suffix for kind in FORMATS.values()), ".json", ".safetensors", ".sha256"}
         found = [file for files in ours for file in files if file.suffix in suffixes]
-        for file in (self.path / FINISHED, *found):
+        for file in (*(self.path / name for name in (FINISHED, SHEET, SHEET_LIST)), *found):
             file.unlink(missing_ok=True)
 
     def _check_sizes(self, pictures: Sequence[Picture]) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from scale_dit.device import choose_device
 from scale_dit.errors import UserError
 from scale_dit.generation.claims import Claims
-from scale_dit.generation.contact_sheet import write_contact_sheet
+from scale_dit.generation.contact_sheet import check_against_sheet, write_contact_sheet
 from scale_dit.generation.disk import writing
 from scale_dit.generation.files import TILED, Files
 from scale_dit.generation.folder import OutputFolder
@@ -107,6 +107,8 @@ def generate(
         _check_overwriting(folder, job, photo)
         plan = _plan(setup, selected, job)  # nothing is removed for pictures that cannot be made
         folder.clear(pictures)
+    if job.stage == "refine":
+        check_against_sheet(folder, selected)
     pending = folder.pending(selected, job.goes_on, rewrites=job.stage == "decode")
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
     if len(pending) < len(selected):
