@@ -13,7 +13,7 @@ from torch import Tensor
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
 from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_bytes
 from scale_dit.autoencoder.streaming import Streaming
-from scale_dit.autoencoder.tiles import tiled_decode
+from scale_dit.autoencoder.tiles import errors_of_tiles, tiled_decode
 from scale_dit.errors import UserError
 from scale_dit.planning.machine import free_bytes
 from scale_dit.wrapping import check_wrap
@@ -102,13 +102,18 @@ def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = No
     height, width = (scale * side for side in latents.shape[-2:])
     device = latents.device
     mode = how.choice(vae, height, width, free_bytes(device) if free is None else free)
-    log.info("decoding %d x %d px: %s", width, height, mode)
+    tile, overlap = how.tile // scale, how.overlap // scale
+    errors = errors_of_tiles(vae, *latents.shape[-2:], tile, overlap) if mode == "tiled" else None
+    if errors is None:
+        log.info("decoding %d x %d px: %s", width, height, mode)
+    else:
+        log.warning("decoding %d x %d px: %s; %s", width, height, mode, errors)
     if mode == "whole":
         yield 0, _to_unit(vae.decode(latents.to(vae.dtype)).sample)
         return
     streaming = _streaming(device, mode, how.wrap)
     if mode == "tiled":
-        found = tiled_decode(vae, latents, how.tile // scale, how.overlap // scale, streaming)
+        found = tiled_decode(vae, latents, tile, overlap, streaming)
     else:
         found = streamed_decode(vae, latents, streaming)
     for start, band in found:
