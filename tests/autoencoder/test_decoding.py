@@ -82,6 +82,14 @@ def test_what_ran_is_said(vae, caplog: pytest.LogCaptureFixture):
     assert {record.levelname for record in caplog.records} == {"INFO"}, "one tile is exact"
 
 
+def test_what_is_resolved_is_not_chosen_again(vae):
+    latents = noise(1, 4, 4, 8)
+    assert Decoding().resolved(vae, latents).mode == "whole"
+    least = Decoding(wrap="both").resolved(vae, latents, free=0)
+    assert least == Decoding("streamed", wrap="both")
+    assert least.resolved(vae, latents, free=10**12) == least
+
+
 def test_a_warning_says_how_far_tiles_are_off(vae, caplog: pytest.LogCaptureFixture):
     list(decode_bands(vae, noise(1, 4, 8, 32), Decoding("tiled", tile=64, overlap=16)))
     (record,) = caplog.records

@@ -30,6 +30,7 @@ def test_kept_latents_are_decoded_again_into_another_format(make, tmp_path, whol
     assert provenance is not None
     assert provenance["prompt"] == PICTURES[0].prompt
     assert set(provenance["seconds"]) == {"decode"}
+    assert provenance["decode"] == "whole", "what ran, not what was asked"
 
 
 def test_decoding_reads_the_autoencoder_alone(small_folder, tmp_path):

@@ -180,13 +180,11 @@ class OutputFolder:
             f"anew with: {self.resume_command(remedy[1], *options)}"
         )
 
-    def keep(
-        self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decoding: Decoding | None = None
-    ) -> None:
+    def keep(self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decoding: Decoding) -> None:
         """Write a picture of bands `[3, rows, W]` in [0, 1] with everything that it was made with.
 
         Args:
-            decoding: How it is decoded; by default as asked.
+            decoding: How it is decoded.
 
         Raises:
             UserError: It cannot be written, such as on a full disk, or is not finite.
@@ -203,7 +201,7 @@ class OutputFolder:
                 "machine": machine(),
                 "seconds": cost.seconds,
                 "peak_bytes": cost.peak_bytes,
-                **self.files.record(decoding or self.decoding),
+                **self.files.record(decoding),
             }
 
         try:
