@@ -19,11 +19,10 @@ from scale_dit.generation.disk import check_space, writing
 from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
-from scale_dit.overrides import key_of
 from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_provenance, write_picture
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
-from scale_dit.resuming import GENERATE, resume_command, typed_again
+from scale_dit.resuming import GENERATE, go_on_command, resume_command
 from scale_dit.run_folder import RECORD
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ class OutputFolder:
         files: How they are written.
         config: The resolved config, for the pictures' metadata.
         decoding: How pictures are asked to be decoded.
-        repeated: Options of this command that the folder's record lacks and that going on takes.
     """
 
     path: Path
@@ -56,7 +54,6 @@ class OutputFolder:
     files: Files = field(default_factory=Files)
     config: Mapping[str, Any] | None = None
     decoding: Decoding = field(default_factory=Decoding)
-    repeated: tuple[str, ...] = ()
 
     program: ClassVar[str] = GENERATE
     texts: ClassVar[tuple[str, ...]] = ()
@@ -68,8 +65,7 @@ class OutputFolder:
 
     def go_on_command(self, *options: str) -> str:
         """The command that goes on with what this one does here; options replace its own."""
-        given = {key_of(each): each for each in (*typed_again(), *self.repeated, *options)}
-        return self.resume_command(*given.values())
+        return go_on_command(self.path, *options, program=self.program)
 
     @property
     def how_to_go_on(self) -> str:

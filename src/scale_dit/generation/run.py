@@ -98,8 +98,7 @@ def generate(
         for picture in pictures:
             remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
     files = files or Files()
-    repeated = ("stage=decode", *files.options(setup.decoding)) if job.stage == "decode" else ()
-    folder = OutputFolder(Path(output), setup.settings(), files, config, setup.decoding, repeated)
+    folder = OutputFolder(Path(output), setup.settings(), files, config, setup.decoding)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
     selected, plan = job.select(pictures), None
