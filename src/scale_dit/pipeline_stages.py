@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scale_dit.autoencoder import Decoding
 from scale_dit.local_control import WindowPrompt, WindowText, local_prompts, remake
 from scale_dit.method import Plan
 from scale_dit.models.text import Text
@@ -203,9 +204,17 @@ class StagedPipeline(LoadedPipeline):
         how = self.decoding if wrap is None else replace(self.decoding, wrap=wrap)
         return torch.cat([self.base.decode_latents(one[None], how).cpu() for one in latents])
 
-    def decode_bands(self, latents: Tensor) -> Iterator[Tensor]:
-        """One picture `[1, C, h, w]` in bands `[3, rows, 8w]` in [0, 1] from the top, in the way `decoding` says."""
-        for _, band in self.base.decode_bands(latents, self.decoding):
+    def decoding_of(self, latents: Tensor) -> Decoding:
+        """`decoding` with the mode in which latents `[1, C, h, w]` are decoded now."""
+        return self.base.decoding_of(latents, self.decoding)
+
+    def decode_bands(self, latents: Tensor, how: Decoding | None = None) -> Iterator[Tensor]:
+        """One picture `[1, C, h, w]` in bands `[3, rows, 8w]` in [0, 1] from the top.
+
+        Args:
+            how: By default as `decoding` says.
+        """
+        for _, band in self.base.decode_bands(latents, how or self.decoding):
             yield band[0]
 
     def noise(self, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:

@@ -25,7 +25,7 @@ PLACES = ("resume", "output", "hydra.run.dir")
 """Options that name the folder."""
 
 _typed: list[str] = []
-"""Options of this process's command, as typed, that the command which goes on has to be given again."""
+"""Options of this process's command, as typed; none if it is no command of the two."""
 
 OF_ITS_PICTURES = (
     "prompt", "prompts_file", "negative_prompt", "window_prompts", "n", "seed", "height", "width", "draft", "start",
@@ -63,9 +63,7 @@ def resume_pictures(arguments: Sequence[str], program: str = GENERATE) -> list[s
         UserError: No run made the folder, or another program's.
     """
     folder = path_argument(arguments, "resume")
-    typed = {key_of(argument): argument for argument in sys.orig_argv if is_override(argument)}
-    again = typed.keys() - {*PLACES, "overwrite"} if folder is not None else typed.keys() & {*ONE_TIME} - {"overwrite"}
-    _typed[:] = [argument for key, argument in typed.items() if key in again]
+    _typed[:] = filter(is_override, sys.orig_argv)
     if folder is None:
         return list(arguments)
     record = read_record(folder)
@@ -95,16 +93,39 @@ def remake_arguments(arguments: Sequence[str]) -> list[str]:
 
 def resume_command(folder: Path, *options: str, program: str = GENERATE) -> str:
     """The command that goes on in a folder of a program, with options; for where the process is."""
+    return _command(program, *options, f"resume={folder}")
+
+
+def go_on_command(folder: Path, *options: str, program: str = GENERATE) -> str:
+    """The command that goes on in a folder with what this process's does; options replace its own.
+
+    With `resume=<folder>` it repeats what the folder's record lacks. All that was typed is given again if that was
+    typed without `resume` in the folder of another command, whose options would be taken over.
+    """
+    replaced = {"overwrite", *map(key_of, options)}
+    typed = [each for each in _typed if key_of(each) not in replaced]
+    places = {*PLACES}.intersection(map(key_of, typed))
+    if "resume" in places:
+        again = [each for each in typed if key_of(each) not in PLACES]
+    elif places and not _is_begun_by_this(folder):
+        return _command(program, *typed, *options)
+    else:
+        again = [each for each in typed if key_of(each) in ONE_TIME]
+    return resume_command(folder, *again, *options, program=program)
+
+
+def _command(program: str, *options: str) -> str:
+    """A command line of a program, for where the process is."""
     running = Path(sys.argv[0]).name == Path(program).name
-    return shlex.join(
-        ["python", sys.argv[0] if running else str(Path(path_of_project()) / program), *options, f"resume={folder}"]
-    )
+    return shlex.join(["python", sys.argv[0] if running else str(Path(path_of_project()) / program), *options])
 
 
-def typed_again() -> tuple[str, ...]:
-    """What the command that goes on with what this one does has to be given again: its part of the run, and options
-    that replace those of the folder's first command."""
-    return tuple(_typed)
+def _is_begun_by_this(folder: Path) -> bool:
+    """Whether the run in `folder` was started with this process's command, but for the part of it that is done."""
+    passed = (*ONE_TIME, *PLACES)
+    given = {key_of(argument): argument for argument in sys.argv[1:] if is_override(argument)}
+    own = {key: each for key, each in given.items() if key not in passed and not key.startswith("hydra.")}
+    return _where_it_began(folder) == Path.cwd() and own == _first_overrides(folder, passed)
 
 
 def _go_on(folder: Path, arguments: Sequence[str], places: Sequence[str], forget: Sequence[str] = ()) -> list[str]:

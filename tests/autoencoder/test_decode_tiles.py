@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 from autoencoders import autoencoder, joined, streaming
 from small_bases import noise
 from torch import Tensor
 
+from scale_dit.autoencoder import tiles
 from scale_dit.autoencoder.layers import middle, streamed_decode
-from scale_dit.autoencoder.tiles import join_tiles, reach, seam_score, tiled_decode
+from scale_dit.autoencoder.tiles import errors_of_tiles, join_tiles, reach, seam_score, tiled_decode
+from scale_dit.provenance import project_root
 
 
 def smooth_latents(height: int, width: int) -> Tensor:
@@ -49,6 +53,18 @@ def test_where_all_tiles_are_measured_they_are_exact():
     whole = joined(streamed_decode(vae, latents, streaming()))
     tiled = joined(tiled_decode(vae, latents, 22, 2 * reach(vae), streaming()))
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+    assert errors_of_tiles(vae, 25, 28, 22, 2 * reach(vae)) is None
+    assert errors_of_tiles(vae, 22, 22, 22, 0) is None, "one tile has no edges"
+    assert errors_of_tiles(vae, 25, 42, 22, 2 * reach(vae)) == tiles.ERRORS, "some of its tiles are not measured"
+    assert f"less than {16 * reach(vae)} px" in errors_of_tiles(vae, 25, 28, 22, 2 * reach(vae) - 1)
+
+
+def test_errors_that_are_told_are_those_that_were_measured():
+    with (project_root() / "experiments" / "decode" / "results.csv").open() as file:
+        rows = {row["mode"]: row for row in csv.DictReader(file) if (row["base"], row["px"]) == ("tiny", "1024")}
+    measured = [float(rows["tiled"][name]) for name in ("max_error", "rms_error", "seams")]
+    assert measured == [tiles.MAX_ERROR, tiles.RMS_ERROR, tiles.SEAMS]
+    assert float(rows["whole"]["seams"]) == tiles.SEAMS_OF_WHOLE
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 4), (8, 0), (12, 5), (9, 1)])

@@ -12,6 +12,7 @@ from small_bases import noise
 
 from scale_dit.autoencoder import MODES, Decoding, decode, decode_bands, encode, integer_bands
 from scale_dit.autoencoder.memory import decode_bytes, encode_bytes
+from scale_dit.autoencoder.tiles import ERRORS
 from scale_dit.errors import UserError
 
 EXACT = ("whole", "streamed", "host")
@@ -76,7 +77,24 @@ def test_auto_on_a_processor_is_whole_where_that_fits(vae):
 def test_what_ran_is_said(vae, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, "scale_dit"):
         list(decode_bands(vae, noise(1, 4, 4, 8), Decoding(), free=0))
-    assert "decoding 64 x 32 px: streamed" in caplog.text
+        assert "decoding 64 x 32 px: streamed" in caplog.text
+        list(decode_bands(vae, noise(1, 4, 4, 8), Decoding("tiled", tile=64, overlap=16)))
+    assert {record.levelname for record in caplog.records} == {"INFO"}, "one tile is exact"
+
+
+def test_what_is_resolved_is_not_chosen_again(vae):
+    latents = noise(1, 4, 4, 8)
+    assert Decoding().resolved(vae, latents).mode == "whole"
+    least = Decoding(wrap="both").resolved(vae, latents, free=0)
+    assert least == Decoding("streamed", wrap="both")
+    assert least.resolved(vae, latents, free=10**12) == least
+
+
+def test_a_warning_says_how_far_tiles_are_off(vae, caplog: pytest.LogCaptureFixture):
+    list(decode_bands(vae, noise(1, 4, 8, 32), Decoding("tiled", tile=64, overlap=16)))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"decoding 256 x 64 px: tiled; {ERRORS}" in record.getMessage()
 
 
 @pytest.mark.parametrize("wrap", ["horizontal", "both"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_dit.autoencoder import Decoding
 from scale_dit.errors import UserError
 from scale_dit.generation import Files, Picture, read_prompts
 from scale_dit.generation.folder import FINISHED, OutputFolder
@@ -17,12 +18,12 @@ from scale_dit.picture_files import read_provenance
 from scale_dit.pipeline_output import StageCost
 
 PICTURES = [Picture(index, f'prompt, "{index}" = é', "", 10 + index, 16, 32) for index in range(3)]
-COST = StageCost({"draft": 0.25, "refine": 1.0})
+COST, WHOLE = StageCost({"draft": 0.25, "refine": 1.0}), Decoding("whole")
 
 
 def fill(folder: OutputFolder, pictures=PICTURES) -> None:
     for picture in pictures:
-        folder.keep(picture, torch.rand(3, picture.height, picture.width).split(5, dim=1), COST)
+        folder.keep(picture, torch.rand(3, picture.height, picture.width).split(5, dim=1), COST, WHOLE)
 
 
 def test_an_interrupted_run_makes_only_what_is_missing(tmp_path):
@@ -130,7 +131,7 @@ def test_a_disk_that_fills_up_is_said_in_one_sentence(tmp_path):
     for remedy in ("give the command again", r"go on with: .* resume="):
         os.symlink("/dev/full", tmp_path / partial)
         with pytest.raises(UserError, match=rf"the disk is full.*saved steps are kept.*{remedy}"):
-            OutputFolder(tmp_path, {}).keep(picture, [torch.rand(3, 512, 512)], COST)
+            OutputFolder(tmp_path, {}).keep(picture, [torch.rand(3, 512, 512)], COST, WHOLE)
         (tmp_path / "run.json").write_text("{}")
 
 

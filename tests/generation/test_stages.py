@@ -134,6 +134,52 @@ def test_drafts_of_another_prompt_are_not_shown_as_new_ones(make):
         make("drafts", [other], stage="draft")
 
 
+def test_a_chosen_number_is_that_of_the_contact_sheet(make, tmp_path):
+    """Another seed made a new draft that nobody had seen."""
+    make("drafts", PICTURES[:3], stage="draft")
+    others = [replace(picture, seed=picture.seed + 9) for picture in PICTURES]
+    before = sorted(tmp_path.rglob("*"))
+    message = (
+        r"picture 2 on .*contact_sheet.png has seed 2 and prompt 'a large red circle on sand', but this command asks "
+        r"for seed 11 and .*leave out what changes its numbers \(seed=.*stage=draft first, or another folder"
+    )
+    with Stop(BLOCK, 1, AssertionError("a step is made")), pytest.raises(UserError, match=message):
+        make("drafts", others, stage="refine", pick=2)
+    assert sorted(tmp_path.rglob("*")) == before
+    (unseen,) = make("drafts", others, stage="refine", pick=3)
+    assert unseen.name == "00003_seed12.png", "a number that the sheet lacks is a new draft's"
+    make("drafts", others, stage="draft")
+    (seen,) = make("drafts", others, stage="refine", pick=2)
+    assert seen.name == "00002_seed11.png"
+    (tmp_path / "drafts" / "contact_sheet.json").write_text("[")
+    with pytest.raises(UserError, match=r"contact_sheet.json cannot be read .* give stage=draft"):
+        make("drafts", others, stage="refine", pick=1)
+
+
+def test_a_contact_sheet_goes_with_its_drafts(make, tmp_path):
+    make("drafts", PICTURES[:1], stage="draft")
+    other = replace(PICTURES[0], seed=9)
+    make("drafts", [other], overwrite=True)
+    assert not list(tmp_path.glob("drafts/contact_sheet*"))
+    (file,) = make("drafts", [other], stage="refine")
+    assert file.name == "00000_seed9.png"
+
+
+@pytest.mark.parametrize(
+    ("picture", "sampling"),
+    [
+        (replace(PICTURES[0], prompt="another"), SAMPLING),
+        (replace(PICTURES[0], negative_prompt="blur"), SAMPLING),
+        (replace(PICTURES[0], width=128), SAMPLING),
+        (PICTURES[0], replace(SAMPLING, draft_steps=3)),
+    ],
+)
+def test_a_chosen_draft_of_other_settings_is_refused(make, picture, sampling):
+    make("drafts", PICTURES[:1], stage="draft")
+    with pytest.raises(UserError, match=r"draft.safetensors are steps of other settings or another prompt"):
+        make("drafts", [picture], sampling, stage="refine", pick=0)
+
+
 def hold_claim(folder: Path, taken, wait) -> None:
     with Claims(folder) as claims:
         taken.put(claims.take(1))

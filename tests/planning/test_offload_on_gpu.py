@@ -39,8 +39,21 @@ def test_pictures_are_the_same_bits(small_folder, offload):
     assert all(map(torch.equal, found, expected))
 
 
+def test_what_is_in_no_block_stays_on_the_card(small_folder):
+    pipeline = ScaleDiTPipeline.from_pretrained(small_folder)
+    apply_memory(pipeline, Memory("group", 0, "host"), GPU, [(PROMPT,), ("",)])
+    for _ in range(2):
+        pipeline(PROMPT, 256, 256, output_type="pt", scale=2.0, num_inference_steps=1, draft_steps=1)
+        places = {name: parameter.device.type for name, parameter in pipeline.transformer.named_parameters()}
+        in_blocks = {place for name, place in places.items() if "transformer_blocks." in name}
+        elsewhere = {place for name, place in places.items() if "transformer_blocks." not in name}
+        assert (in_blocks, elsewhere) == ({"cpu"}, {"cuda"})
+
+
 def test_rates_are_those_of_a_gpu():
     machine = measure(GPU, torch.bfloat16)
+    assert machine.group_copy > 1e9
+    assert machine.first_encoding > 0
     assert machine.matmul > 1e13
     assert machine.bandwidth > 1e11
     assert machine.host_copy > 1e9

@@ -19,6 +19,8 @@ from scale_dit.generation.job import Job
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, save_picture
 from scale_dit.planning.memory import Memory
+from scale_dit.planning.predict import Prediction
+from scale_dit.planning.report import before
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PICTURES = [Picture(index, "a large red circle on sand", "", index, 128, 256) for index in range(2)]
@@ -40,6 +42,14 @@ def test_plan_and_outcome_are_printed(small_settings, tmp_path):
     for stage in ("text", "draft", "refine", "decode", "in all"):
         assert re.search(rf"{stage}\W+[\d.]+", before)
         assert re.search(rf"{stage}\W+[\d.]+\W+[\d.]+", after), "seconds predicted and measured"
+
+
+@pytest.mark.parametrize(("mode", "told"), [("tiled", True), ("streamed", False)])
+def test_a_plan_with_tiles_says_how_far_they_are_off(mode, told):
+    prediction = Prediction(4096, 4096, Memory(decode=mode), {"decode": 1.0}, {"decode": 10**9})
+    caption = before(prediction, 1, 10**10, "a card").caption
+    assert f"memory.decode={mode}" in caption
+    assert ("levels of 255" in caption) == told
 
 
 def test_drafts_are_planned_as_what_they_are(small_settings, tmp_path):

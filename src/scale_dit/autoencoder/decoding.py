@@ -13,7 +13,7 @@ from torch import Tensor
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
 from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_bytes
 from scale_dit.autoencoder.streaming import Streaming
-from scale_dit.autoencoder.tiles import tiled_decode
+from scale_dit.autoencoder.tiles import errors_of_tiles, tiled_decode
 from scale_dit.errors import UserError
 from scale_dit.planning.machine import free_bytes
 from scale_dit.wrapping import check_wrap
@@ -87,6 +87,15 @@ class Decoding:
                 return mode
         return "streamed" if on_cpu else "host"
 
+    def resolved(self, vae: Any, latents: Tensor, free: int | None = None) -> Decoding:
+        """How latents `[1, C, h, w]` are decoded where they are: with the mode that is chosen now for `auto`.
+
+        Args:
+            free: Bytes of the device's memory to be had; by default what it has free.
+        """
+        height, width = (_scale(vae) * side for side in latents.shape[-2:])
+        return replace(self, mode=self.choice(vae, height, width, free_bytes(latents.device) if free is None else free))
+
 
 @torch.no_grad()
 def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -98,17 +107,23 @@ def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = No
     Yields:
         First row and `[1, 3, rows, W]` in [0, 1], float32, on the latents' device.
     """
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = (scale * side for side in latents.shape[-2:])
-    device = latents.device
-    mode = how.choice(vae, height, width, free_bytes(device) if free is None else free)
-    log.info("decoding %d x %d px: %s", width, height, mode)
+    scale, device = _scale(vae), latents.device
+    sides = latents.shape[-2], latents.shape[-1]
+    height, width = (scale * side for side in sides)
+    how = how.resolved(vae, latents, free)
+    mode = how.mode
+    tile, overlap = how.tile // scale, how.overlap // scale
+    errors = errors_of_tiles(vae, *sides, tile, overlap) if mode == "tiled" else None
+    if errors is None:
+        log.info("decoding %d x %d px: %s", width, height, mode)
+    else:
+        log.warning("decoding %d x %d px: %s; %s", width, height, mode, errors)
     if mode == "whole":
         yield 0, _to_unit(vae.decode(latents.to(vae.dtype)).sample)
         return
     streaming = _streaming(device, mode, how.wrap)
     if mode == "tiled":
-        found = tiled_decode(vae, latents, how.tile // scale, how.overlap // scale, streaming)
+        found = tiled_decode(vae, latents, tile, overlap, streaming)
     else:
         found = streamed_decode(vae, latents, streaming)
     for start, band in found:
@@ -156,9 +171,14 @@ def encode(vae: Any, pictures: Tensor, how: Decoding | None = None) -> Tensor:
 
 
 def _whole_batch_fits(vae: Any, latents: Tensor, how: Decoding) -> bool:
-    scale, count = 2 ** (len(vae.config.block_out_channels) - 1), len(latents)
+    scale, count = _scale(vae), len(latents)
     free = free_bytes(latents.device)
     return how.choice(vae, scale * latents.shape[-2] * count, scale * latents.shape[-1], free) == "whole"
+
+
+def _scale(vae: Any) -> int:
+    """Side of a picture / side of its latents."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _streaming(device: torch.device, mode: str, wrap: str) -> Streaming:

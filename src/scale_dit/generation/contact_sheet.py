@@ -1,4 +1,4 @@
-"""Drafts beside each other, numbered, to choose from."""
+"""Drafts beside each other, numbered, to choose from, and whether what is refined was chosen from them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from scale_dit.errors import UserError
 from scale_dit.files import write_atomically
 from scale_dit.generation.disk import writing
-from scale_dit.generation.folder import OutputFolder
+from scale_dit.generation.folder import SHEET, SHEET_LIST, OutputFolder
 from scale_dit.generation.pictures import Picture
 from scale_dit.picture_files import opened
 
-SHEET, LIST = "contact_sheet.png", "contact_sheet.json"
 SIDE, MARGIN, LINE, FONT_SIZE = 256, 8, 20, 15
 MOST_COLUMNS = 8
+LONGEST_PROMPT = 80
+"""Characters of a prompt in a message."""
 
 
 def write_contact_sheet(folder: OutputFolder, pictures: Sequence[Picture]) -> Path:
@@ -46,13 +50,46 @@ def write_contact_sheet(folder: OutputFolder, pictures: Sequence[Picture]) -> Pa
         pen.text((left, top + SIDE + 1), _cut(label, font), fill="black", font=font)
     content = io.BytesIO()
     sheet.save(content, format="PNG")
-    listed = [
-        asdict(picture) | {"draft": str(folder.draft_file(picture).relative_to(folder.path))} for picture in drafted
-    ]
+    listed = [asdict(picture) | {"draft": _draft_name(folder, picture)} for picture in drafted]
     with writing(folder):
         write_atomically(folder.path / SHEET, content.getbuffer())
-        write_atomically(folder.path / LIST, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder.path / SHEET_LIST, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
     return folder.path / SHEET
+
+
+def check_against_sheet(folder: OutputFolder, pictures: Sequence[Picture]) -> None:
+    """Refuse pictures whose numbers are those of other drafts on the folder's contact sheet, if it has one.
+
+    Raises:
+        UserError: With what the sheet shows; or its list cannot be read.
+    """
+    shown = {entry["index"]: entry for entry in _listed(folder)}
+    for picture in pictures:
+        entry = shown.get(picture.index)
+        if entry is not None and entry["draft"] != _draft_name(folder, picture):
+            raise UserError(
+                f"picture {picture.index} on {folder.path / SHEET} has seed {entry['seed']} and prompt "
+                f"{shorten(entry['prompt'], LONGEST_PROMPT)!r}, but this command asks for seed {picture.seed} and "
+                f"prompt {shorten(picture.prompt, LONGEST_PROMPT)!r}. To refine what the sheet shows, leave out what "
+                "changes its numbers (seed=, n=, prompts); for new drafts give stage=draft first, or another folder "
+                "(output=...)"
+            )
+
+
+def _listed(folder: OutputFolder) -> list[dict[str, Any]]:
+    """What the contact sheet shows; nothing if there is none."""
+    path = folder.path / SHEET_LIST
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, or give stage=draft to write it anew") from error
+
+
+def _draft_name(folder: OutputFolder, picture: Picture) -> str:
+    """Where a draft's preview lies in the folder."""
+    return str(folder.draft_file(picture).relative_to(folder.path))
 
 
 def _cut(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

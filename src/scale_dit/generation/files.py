@@ -50,7 +50,7 @@ class Files:
         """What a picture's metadata say of its file, beside what it shows: plain values.
 
         Args:
-            decoding: How it was decoded.
+            decoding: How it was decoded, `auto` resolved.
         """
         tile = {"decode_tile": decoding.tile} if decoding.mode == TILED else {}
         return {"format": self.format, "quality": self.quality, "decode": decoding.mode, **tile}

@@ -19,11 +19,10 @@ from scale_dit.generation.disk import check_space, writing
 from scale_dit.generation.files import Files
 from scale_dit.generation.latents import SavedLatents
 from scale_dit.generation.pictures import Picture
-from scale_dit.overrides import key_of
 from scale_dit.picture_files import FORMATS, NotFiniteError, fingerprint, read_provenance, write_picture
 from scale_dit.pipeline_output import StageCost
 from scale_dit.provenance import commit, machine, versions
-from scale_dit.resuming import GENERATE, resume_command, typed_again
+from scale_dit.resuming import GENERATE, go_on_command, resume_command
 from scale_dit.run_folder import RECORD
 
 log = logging.getLogger(__name__)
@@ -32,6 +31,7 @@ FINISHED = "pictures.jsonl"
 """List of the pictures of a finished run, beside them; it can be given as a prompt file again."""
 
 LATENTS, DRAFTS = "latents", "drafts"
+SHEET, SHEET_LIST = "contact_sheet.png", "contact_sheet.json"
 PICTURES = "[0-9][0-9][0-9][0-9][0-9]_seed*"
 OF_REFINEMENT = ("steps", "guidance_scale", "start", "low_pass", "low_pass_schedule", "low_pass_until", "decode_tile")
 """Sampling that leaves drafts as they are, as all of the method does: a draft's scale comes from its size."""
@@ -47,7 +47,6 @@ class OutputFolder:
         files: How they are written.
         config: The resolved config, for the pictures' metadata.
         decoding: How pictures are asked to be decoded.
-        repeated: Options of this command that the folder's record lacks and that going on takes.
     """
 
     path: Path
@@ -55,7 +54,6 @@ class OutputFolder:
     files: Files = field(default_factory=Files)
     config: Mapping[str, Any] | None = None
     decoding: Decoding = field(default_factory=Decoding)
-    repeated: tuple[str, ...] = ()
 
     program: ClassVar[str] = GENERATE
     texts: ClassVar[tuple[str, ...]] = ()
@@ -67,8 +65,7 @@ class OutputFolder:
 
     def go_on_command(self, *options: str) -> str:
         """The command that goes on with what this one does here; options replace its own."""
-        given = {key_of(each): each for each in (*typed_again(), *self.repeated, *options)}
-        return self.resume_command(*given.values())
+        return go_on_command(self.path, *options, program=self.program)
 
     @property
     def how_to_go_on(self) -> str:
@@ -179,13 +176,11 @@ class OutputFolder:
             f"anew with: {self.resume_command(remedy[1], *options)}"
         )
 
-    def keep(
-        self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decoding: Decoding | None = None
-    ) -> None:
+    def keep(self, picture: Picture, bands: Iterable[Tensor], cost: StageCost, decoding: Decoding) -> None:
         """Write a picture of bands `[3, rows, W]` in [0, 1] with everything that it was made with.
 
         Args:
-            decoding: How it is decoded; by default as asked.
+            decoding: How it is decoded.
 
         Raises:
             UserError: It cannot be written, such as on a full disk, or is not finite.
@@ -202,7 +197,7 @@ class OutputFolder:
                 "machine": machine(),
                 "seconds": cost.seconds,
                 "peak_bytes": cost.peak_bytes,
-                **self.files.record(decoding or self.decoding),
+                **self.files.record(decoding),
             }
 
         try:
@@ -268,7 +263,7 @@ class OutputFolder:
         ours = (self.path.glob(PICTURES), *(self.path.glob(f"{folder}/{PICTURES}") for folder in (LATENTS, DRAFTS)))
         suffixes = {*(kind.suffix for kind in FORMATS.values()), ".json", ".safetensors", ".sha256"}
         found = [file for files in ours for file in files if file.suffix in suffixes]
-        for file in (self.path / FINISHED, *found):
+        for file in (*(self.path / name for name in (FINISHED, SHEET, SHEET_LIST)), *found):
             file.unlink(missing_ok=True)
 
     def _check_sizes(self, pictures: Sequence[Picture]) -> None:

@@ -158,8 +158,14 @@ class Making:
 
     def keep(self, latents: Tensor) -> None:
         """Decode latents `[1, C, h, w]` and write the picture."""
-        bands = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
-        self.folder.keep(self.picture, bands, self.cost, self.pipeline.decoding)
+        with self._cost("decode"):
+            decoding = self.pipeline.decoding_of(latents)
+        decoded = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents, decoding))
+        self.folder.keep(self.picture, self._completed(decoded), self.cost, decoding)
+
+    def _completed(self, decoded: Iterator[Tensor]) -> Iterator[Tensor]:
+        """What the file shows, of decoded bands `[3, rows, W]`."""
+        return decoded
 
     def _decode(self, latents: Tensor) -> None:
         with enough_memory("decode", self.folder, *self.decode_remedy):

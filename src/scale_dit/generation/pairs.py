@@ -101,7 +101,7 @@ class PairFolder(OutputFolder):
             load_family(base).stock.download(base.path)  # their content names what was encoded
         settings = {**folder.settings, "pairs": json.loads(json.dumps(asdict(pairs)))}
         return cls(
-            folder.path, settings, folder.files, folder.config, folder.decoding, folder.repeated,
+            folder.path, settings, folder.files, folder.config, folder.decoding,
             pairs.fingerprint(base), frozenset(firsts.values()), len(pictures),
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar
 
@@ -71,12 +71,11 @@ class Remaking(Making):
 
     def keep(self, latents: Tensor) -> None:
         """Decode latents `[1, C, h, w]`, and write the picture with the chosen windows from them."""
-        decoded = self.cost.each("decode", self._device, self.pipeline.decode_bands(latents))
-        self.folder.keep(self.picture, self._put_in(decoded), self.cost, self.pipeline.decoding)
+        super().keep(latents)
         if self.folder.files.keep_latents:
             self._keep_draft()
 
-    def _put_in(self, decoded: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _completed(self, decoded: Iterator[Tensor]) -> Iterator[Tensor]:
         """The picture from the top, `[3, rows, W]` in [0, 1]: its own pixels, and those of the chosen windows.
 
         The whole is decoded, since a decoder's norms and attention see it all: a box decoded by itself would have other

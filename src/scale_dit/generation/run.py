@@ -16,7 +16,7 @@ from rich.console import Console
 from scale_dit.device import choose_device
 from scale_dit.errors import UserError
 from scale_dit.generation.claims import Claims
-from scale_dit.generation.contact_sheet import write_contact_sheet
+from scale_dit.generation.contact_sheet import check_against_sheet, write_contact_sheet
 from scale_dit.generation.disk import writing
 from scale_dit.generation.files import TILED, Files
 from scale_dit.generation.folder import OutputFolder
@@ -98,8 +98,7 @@ def generate(
         for picture in pictures:
             remake.chosen(setup.recipe(picture).plan.layout, base.token_size)
     files = files or Files()
-    repeated = ("stage=decode", *files.options(setup.decoding)) if job.stage == "decode" else ()
-    folder = OutputFolder(Path(output), setup.settings(), files, config, setup.decoding, repeated)
+    folder = OutputFolder(Path(output), setup.settings(), files, config, setup.decoding)
     if pairs is not None:
         folder = PairFolder.of(folder, pairs, base, pictures)
     selected, plan = job.select(pictures), None
@@ -107,6 +106,8 @@ def generate(
         _check_overwriting(folder, job, photo)
         plan = _plan(setup, selected, job)  # nothing is removed for pictures that cannot be made
         folder.clear(pictures)
+    if job.stage == "refine":
+        check_against_sheet(folder, selected)
     pending = folder.pending(selected, job.goes_on, rewrites=job.stage == "decode")
     _record(folder, pictures[0].seed, len(selected) - len(pending), job)
     if len(pending) < len(selected):

@@ -157,6 +157,12 @@ class Parts(ABC):
         with called(vae):
             return decode(vae, self.denormalise(latents).to(vae.device), how)
 
+    def decoding_of(self, latents: Tensor, how: Decoding) -> Decoding:
+        """How normalised latents `[1, C, h, w]` are decoded: `auto` is chosen, by what the device has free now."""
+        vae = self.pipeline.vae
+        with called(vae):
+            return how.resolved(vae, latents.to(vae.device))
+
     @torch.no_grad()
     def decode_bands(self, latents: Tensor, how: Decoding) -> Iterator[tuple[int, Tensor]]:
         """One picture from normalised latents `[1, C, h, w]`, as `scale_dit.autoencoder.decode_bands` yields it."""

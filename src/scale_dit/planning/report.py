@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from scale_dit.autoencoder.tiles import ERRORS
 from scale_dit.pipeline_output import StageCost
 from scale_dit.planning.predict import STAGES, Prediction, gb
 
@@ -27,6 +28,8 @@ def before(prediction: Prediction, pictures: int, limit: int, machine: str) -> T
             table.add_row(stage, seconds(prediction.seconds[stage]), gb(prediction.peak_bytes[stage]))
     table.add_row("in all", seconds(sum(prediction.seconds.values())), f"{gb(prediction.peak)} of {gb(limit)}")
     table.caption = f"{machine}; {prediction.memory}"
+    if prediction.memory.decode == "tiled":
+        table.caption += f"; {ERRORS}"
     return table
 
 
