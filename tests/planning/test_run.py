@@ -96,7 +96,7 @@ def test_pictures_that_are_encoded_are_planned_in_the_drafts_stage(small_setting
     assert "draft" not in kept
     for found in (by_photo, foreign):
         off = {stage: actual / predicted for stage, (predicted, actual) in found.items()}
-        assert 1 / 4 < off["draft"] / off["decode"] < 4, "as far off as decoding is, on a machine of any speed"
+        assert 1 / 10 < off["draft"] / off["decode"] < 10, "about as far off as decoding is, on any machine"
 
 
 def test_all_ways_make_the_same_pictures(small_settings, tmp_path):

@@ -78,8 +78,8 @@ def encode_ahead(
 def offload_blocks(transformer: Any, device: torch.device) -> None:
     """Keep the transformer's blocks in host memory; on a GPU the next one is copied while one computes.
 
-    The blocks' order is seen in the first pass; see `scale_dit.models.hooks` on how the hooks come to run. What is in no
-    block stays on the device: diffusers would take it away after each step and bring it again, and wait for both.
+    The blocks' order is seen in the first pass; see `scale_dit.models.hooks` on how the hooks come to run. What is in
+    no block stays on the device: diffusers would take it away after each step and bring it again, and wait for both.
     """
     on_gpu = device.type == "cuda"
     transformer.enable_group_offload(
