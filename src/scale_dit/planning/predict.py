@@ -91,34 +91,31 @@ class Planner:
         blocks = len(blocks_of(self.components.transformer))
         peak_bytes = peaks(work, self.weights, way, blocks)
         seconds = self._seconds(work, way)
-        guidance = self.machine.practice.get("refine", 1.0) * self._guidance(work, way)
         seconds = {name: seconds[name] for name in peak_bytes}
-        return Prediction(height, width, way, seconds, peak_bytes, guidance, self._first(work, way))
+        return Prediction(height, width, way, seconds, peak_bytes, self._guidance(work, way), self._first(work, way))
 
     def _seconds(self, work: Work, way: Memory) -> dict[str, float]:
-        spent, practice = self.machine.seconds, self.machine.practice
+        spent = self.machine.seconds
         copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
         draft_steps = work.draft_steps if work.draft is not None else 0
-        draft = self._passes(spent(work.draft) if work.draft is not None else 0.0, draft_steps, way)
-        read = self._kept_on_host(work, way)
-        refine = self._passes(spent(work.refine), work.refine_steps, way, read) if work.refine is not None else 0.0
+        draft = self._passes("draft", work.draft, draft_steps, way)
+        refine = self._passes("refine", work.refine, work.refine_steps, way, self._kept_on_host(work, way))
         refine += self._guidance(work, way)
-        text, decode = spent(work.text, self.machine.text_launch), spent(work.decode[way.decode])
-        computed = {"text": text, "draft": draft, "refine": refine, "decode": decode}
-        found = {stage: practice.get(stage, 1.0) * seconds for stage, seconds in computed.items()}
+        text = spent(work.text, self.machine.text_launch)
+        decode = self._in_practice("decode", spent(work.decode[way.decode]))
         if way.decode == "host":
-            found["decode"] = self._on_host(found["decode"], work.decode["whole"])
+            decode = self._on_host(decode, work.decode["whole"])
+        found = {"text": text, "draft": draft, "refine": refine, "decode": decode}
         return {stage: seconds + copied[stage] for stage, seconds in found.items()}
 
     def _first(self, work: Work, way: Memory) -> dict[str, float]:
         """Seconds that the first picture of a process takes beyond others."""
-        pinned = {
-            "text": sum(self.weights.text) if way.offload == "group" else 0,
-            "refine": self._kept_on_host(work, way),
-            "decode": work.host_bytes if way.decode == "host" else 0,
+        on_host = work.host_bytes if way.decode == "host" else 0
+        return {
+            "text": self.machine.first_encoding,
+            "refine": self.machine.pinning_seconds(self._kept_on_host(work, way)),
+            "decode": self.machine.pinning_seconds(on_host),
         }
-        found = {stage: self.machine.pinning_seconds(count) for stage, count in pinned.items()}
-        return found | {"text": found["text"] + self.machine.first_encoding}
 
     @staticmethod
     def _kept_on_host(work: Work, way: Memory) -> int:
@@ -131,18 +128,24 @@ class Planner:
             return 0.0
         passes = 1 if self.tracer.sampling.wrap == "none" else work.refine_steps
         written = self._kept_on_host(work, way) / self.machine.host_copy
-        return self._passes(self.machine.seconds(work.guidance) + written, passes, way)
+        return self._passes("refine", work.guidance, passes, way) + passes * written
 
-    def _passes(self, seconds: float, count: int, way: Memory, read: int = 0) -> float:
+    def _passes(self, stage: str, step: Trace | None, count: int, way: Memory, read: int = 0) -> float:
         """Seconds of `count` steps; what is not on the card comes while it computes, or it waits.
 
         Args:
             read: Bytes that come from host memory beside weights.
         """
-        seconds += FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
+        if step is None:
+            return 0.0
+        seconds = self.machine.seconds(step) + FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
+        seconds = self._in_practice(stage, seconds)
         if way.offload == "group":
             seconds = max(seconds, (self.weights.blocks + read) / (self.machine.group_copy or self.machine.host_copy))
         return count * seconds
+
+    def _in_practice(self, stage: str, seconds: float) -> float:
+        return self.machine.practice.get(stage, 1.0) * seconds
 
     def encoded(self, found: Prediction, sizes: Sequence[tuple[int, int]], limit: int) -> Prediction:
         """Where pictures of these sizes (height, width) are encoded, and no draft is made.
@@ -176,7 +179,7 @@ class Planner:
         needed = partial(encode_bytes, device=device)
         mode = Decoding().choice(vae, height, width, limit - held, needed, device)
         work = self.tracer.encoding(height, width, mode == "whole")
-        seconds = self.machine.practice.get("decode", 1.0) * self.machine.seconds(work)
+        seconds = self._in_practice("decode", self.machine.seconds(work))
         pinned = 0
         if mode == "host":
             seconds = self._on_host(seconds, work)
