@@ -194,7 +194,7 @@ def test_a_compiled_caller_gets_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["square", "ragged", "one window", "guidance pass"])
+@pytest.mark.parametrize("name", ["ragged", "one window", "guidance pass"])  # each is compiled for seconds
 @torch.no_grad()
 def test_flex_equals_the_reference(name):
     layout = LAYOUTS[name]

@@ -44,10 +44,7 @@ def in_first(*arguments: str) -> list[str]:
 @pytest.mark.slow
 def test_what_comes_with_the_project_is_found_and_outputs_stay_where_one_is(tmp_path):
     options = ("base=tiny", "prompt=a red ring", "height=256", "width=256", "steps=1", "draft_steps=1", "scale=1")
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "src" / "generate.py"), *options],
-        cwd=tmp_path, capture_output=True, text=True, env=command_environment(),
-    )  # fmt: skip
+    ran = commands.run("generate.py", *options, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     (picture,) = tmp_path.glob("logs/generate/runs/*/00000_seed0.png")
     assert ran.stdout.splitlines()[-1] == str(picture)

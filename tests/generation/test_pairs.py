@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from small_runs import Stop
-from training_runs import ROOT, SMALL_BASE, command_environment, overrides
+from training_runs import ROOT, SMALL_BASE, overrides
 
 from scale_dit.data.cache import CachedLatents
 from scale_dit.data.encoding import reduce_pictures
@@ -158,15 +156,14 @@ def test_a_killed_command_goes_on(small_folder, tmp_path):
         folders = f"output={tmp_path / folder}", f"hydra.run.dir={tmp_path / folder}_log"
         return [*base, f"prompts_file={prompts}", "n=3", "save_every=1", *folders]
 
-    program = [sys.executable, "src/make_pairs.py"]
-    whole = subprocess.Popen([*program, *first("whole")], cwd=ROOT, env=command_environment())
+    whole = commands.start("make_pairs.py", *first("whole"))
     killed = commands.start("make_pairs.py", *first("killed"))
     while not list((tmp_path / "killed" / "encoded").glob("shard-00001*")):
         assert killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait().returncode == -signal.SIGKILL
-    assert whole.wait() == 0
+    assert whole.wait().returncode == 0
     assert len(list((tmp_path / "killed" / "encoded").glob("shard*"))) < 6
     resumed = commands.run("make_pairs.py", f"resume={tmp_path / 'killed'}", f"hydra.run.dir={tmp_path}/killed_log")
     assert resumed.returncode == 0, resumed.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from scale_dit.layout import Layout
 triton = pytest.importorskip("triton")
 
 from scale_dit_kernels.attention import TILES  # noqa: E402
+from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
@@ -66,17 +69,16 @@ def signature(kernel, constants: dict) -> tuple[dict, dict]:
 
 def assemble(source, folder: Path, **options) -> tuple[str, str]:
     """What the assembler reports of a kernel compiled for Hopper, and its machine code."""
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(StringIO()) as report:
+        knobs.compilation.always_compile = True  # out of the cache there is no report
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= 227 * 1024
-    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
-    report = subprocess.run(
-        [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
-        capture_output=True, text=True, check=True,
-    ).stderr  # fmt: skip
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     code = subprocess.run(
         [TOOLS / "nvdisasm", "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True
     )
-    return report, code.stdout
+    return report.getvalue(), code.stdout
 
 
 @pytest.mark.slow

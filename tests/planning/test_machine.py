@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scale_dit.errors import UserError
-from scale_dit.planning import calibrate
+from scale_dit.planning import calibrate, practice
 from scale_dit.planning.machine import SHIPPED, Machine, cache_folder, file_name, find_machine, free_bytes
 from scale_dit.planning.trace import Operation, Trace
 
@@ -70,7 +70,8 @@ def test_shipped_profiles_are_whole():
 
 @pytest.mark.slow
 def test_calibration_measures_this_machine(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "BATCH_SECONDS", 0.05)  # exact enough for these bounds
+    for module, name, value in ((calibrate, "BATCH_SECONDS", 0.05), (practice, "RUNS", 1), (practice, "STEPS", 1)):
+        monkeypatch.setattr(module, name, value)  # exact enough for these bounds
     monkeypatch.setattr("sys.argv", ["calibrate", "--device", "cpu", "--to", str(tmp_path)])
     calibrate.main()
     machine = Machine.load(tmp_path / "cpu-float32.json")

@@ -51,6 +51,33 @@ def test_arithmetic_is_what_torch_counts(device):
     assert trace(code, device).flops() == counter.get_total_flops()
 
 
+def test_an_operation_that_is_known_gives_what_torch_gives():
+    """Views of its inputs, numbers of another type, several outputs, inputs of other strides or dtypes."""
+
+    def code(device: str) -> list[torch.Tensor]:
+        whole, half = torch.zeros(4, 6, device=device), torch.zeros(4, 6, device=device, dtype=torch.bfloat16)
+        numbers, square = torch.zeros(4, device=device, dtype=torch.long), torch.zeros(4, 4, device=device)
+        return [
+            numbers * 1, numbers * 1.0, numbers * True, whole * half, half * half, whole.mT.reshape(4, 6),
+            square * 2, square.mT * 2, whole.reshape(2, 12), torch.ops.aten._unsafe_view(whole, [24]), *whole.unbind(1),
+            *torch.ops.aten.native_layer_norm(whole, [6], None, None, 1e-5), *torch.ops.aten.topk(whole, 2),
+            torch.cat([whole, half]), torch.cat([half, half]), whole.add_(1), whole[:, :3].contiguous(),
+            torch.complex(whole, whole).conj() * 2, torch.arange(3, device=device),
+        ]  # fmt: skip
+
+    def forms(tensors: list[torch.Tensor]) -> list[tuple]:
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        return [
+            (tensor.shape, tensor.stride(), tensor.dtype, tensor.untyped_storage().nbytes(), storages.index(storage))
+            for tensor, storage in zip(tensors, storages, strict=True)
+        ]
+
+    wanted, made = trace(lambda: code("cpu"), "cpu"), []
+    for _ in range(2):
+        assert trace(lambda: made.append(code("meta"))) == wanted
+    assert forms(made[0]) == forms(made[1]) == forms(code("cpu"))
+
+
 def test_attention_makes_no_square_on_meta():
     query, key = (torch.empty(1, 2, tokens, 16, device="meta") for tokens in (1000, 3000))
     found = trace(lambda: functional.scaled_dot_product_attention(query=query, key=key, value=key))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -20,9 +20,10 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn.functional import layer_norm, linear, mse_loss, rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from scale_dit.layout import Layout
+from scale_dit.planning.meta import on_meta, tensors_in
 
 MATMUL = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 CONVOLUTION = {"aten::convolution"}
@@ -179,8 +180,9 @@ class _Operations(TorchDispatchMode):
         self.known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(output))
+        kwargs = kwargs or {}
+        output = on_meta(func, args, kwargs) if self.device == "meta" else func(*args, **kwargs)
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(output)
         for tensor in inputs:  # unknown ones, such as weights, were there before
             self._note(tensor, is_new=False)
         for tensor in outputs:
@@ -219,10 +221,6 @@ def _arithmetic(name: str, args: Any, outputs: list[Tensor]) -> tuple[float, str
         image_query, layout = args[3], Layout.from_json(args[8])
         return len(image_query) * layout.flops(*image_query.shape[2:]), "windowed"
     return 0, "elementwise"
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
 def _bytes(tensor: Tensor) -> int:
