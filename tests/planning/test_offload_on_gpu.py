@@ -54,6 +54,8 @@ def test_rates_are_those_of_a_gpu():
     machine = measure(GPU, torch.bfloat16)
     assert machine.group_copy > 1e9
     assert machine.first_encoding > 0
+    assert 0 < machine.between_steps < 0.2
+    assert 0.5 < machine.practice["decode"] < 3
     assert machine.matmul > 1e13
     assert machine.bandwidth > 1e11
     assert machine.host_copy > 1e9

@@ -163,6 +163,13 @@ def test_group_offloading_waits_for_weights():
     assert seconds[0] < seconds[1]
 
 
+def test_steps_wait_for_the_next_one_whatever_they_compute(flux1):
+    waiting = Planner(flux1.tracer, flux1.components, replace(CARD, between_steps=1.0), flux1.settings, on_gpu=True)
+    more = [waiting.predict(4096, 4096, flux1.ways[0]).seconds, flux1.predict(4096, 4096, flux1.ways[0]).seconds]
+    beyond = {stage: more[0][stage] - more[1][stage] for stage in more[0]}
+    assert beyond == pytest.approx({"text": 0, "draft": 28, "refine": 28 + 1, "decode": 0}), "and the guidance pass"
+
+
 def test_blocks_come_at_their_own_rate_and_the_drafts_keys_and_values_with_them():
     found = planner(Memory(offload="group", keys_values="host"))
     slow = replace(CARD, host_copy=2e9, group_copy=1e9)

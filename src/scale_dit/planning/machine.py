@@ -39,7 +39,8 @@ class Machine:
         group_copy: Bytes/s at which a transformer's blocks come one by one while others compute; 0: not measured, as
             fast as one copy.
         first_encoding: Seconds that the first prompt of a process takes beyond others: libraries are loaded.
-        practice: How much longer each other stage takes than its operations by themselves, see there.
+        between_steps: Seconds that a card waits at each denoising step, however large, until the next one is prepared.
+        practice: How much longer stages take than their operations by themselves, see there.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Machine:
     pinning: float = 0.0
     group_copy: float = 0.0
     first_encoding: float = 0.0
+    between_steps: float = 0.0
     practice: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Trace, launch: float = 0.0) -> float:

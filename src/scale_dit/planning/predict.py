@@ -139,7 +139,7 @@ class Planner:
         if step is None:
             return 0.0
         seconds = self.machine.seconds(step) + FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
-        seconds = self._in_practice(stage, seconds)
+        seconds = self._in_practice(stage, seconds) + self.machine.between_steps
         if way.offload == "group":
             seconds = max(seconds, (self.weights.blocks + read) / (self.machine.group_copy or self.machine.host_copy))
         return count * seconds
