@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,7 +14,7 @@ from lora_helpers import linear_layers, random_lora
 from rich.console import Console
 from safetensors.torch import save_file
 from small_bases import GEOMETRY, SETTINGS, flux, klein
-from training_runs import ROOT, command_environment
+from training_runs import ROOT
 
 from scale_dit.embedded.build import build_transformer
 from scale_dit.errors import UserError
@@ -110,13 +109,17 @@ def test_training_refuses_a_first_lora_that_does_not_fit(unreadable, tmp_path):
 
 
 def test_the_layers_to_adapt_are_known_before_anything_loaded_a_family():
-    """In a process of its own: in this one every family is loaded. The demo's training begins so."""
+    """In another process: in this one every family is loaded. The demo's training begins so."""
     code = (
-        "from scale_dit.lora_targets import target_modules; from scale_dit.models.settings import BaseSettings; "
+        "from scale_dit.lora_targets import TARGETS, target_modules; assert not TARGETS; "
+        "from scale_dit.models.settings import BaseSettings; "
         "from scale_dit.planning.components import transformer_on_meta; "
         f"assert target_modules(transformer_on_meta(BaseSettings.of({str(ROOT / 'assets' / 'tiny-flux')!r})))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=command_environment())
+    process = commands.context().Process(target=exec, args=(code, {}))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_evaluation_refuses_what_does_not_fit(unreadable, tmp_path):
