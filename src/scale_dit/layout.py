@@ -28,7 +28,7 @@ from scale_dit import order as orders
 from scale_dit.errors import UserError
 from scale_dit.grid import Grid
 from scale_dit.layout_checks import check_box, check_sizes
-from scale_dit.windows import Rectangle, Span, Window, cut, spans
+from scale_dit.windows import Span, Window, cut, spans
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -252,17 +252,22 @@ def _groups(layout: Layout) -> tuple[Group, ...]:
     no_places = torch.empty(0, 0, dtype=torch.long)
     guidance = _places(layout.guidance, layout.guidance_order) if layout.guidance else no_places
     members = defaultdict(list)
-    for window in layout.windows:
-        parts = (
-            _within(image, window.queries),
-            _within(image, window.keys),
-            _within(guidance, window.guidance),
-        )
-        members[tuple(map(len, parts))].append(parts)
-    return tuple(
-        Group(*map(torch.stack, zip(*sorted(windows, key=lambda parts: int(parts[0][0])), strict=True)))
-        for windows in members.values()
-    )
+    for row, column in product(*map(_alike, layout.axes)):
+        parts = [_within(*each) for each in zip((image, image, guidance), row, column, strict=True)]
+        members[tuple(part.shape[1] for part in parts)].append(parts)
+    joined = [[torch.cat(parts) for parts in zip(*alike, strict=True)] for alike in members.values()]
+    return tuple(Group(*(part[parts[0][:, 0].argsort()] for part in parts)) for parts in joined)
+
+
+def _alike(axis: tuple[Span, ...]) -> list[tuple[Tensor, ...]]:
+    """Rows, or columns, of the queries, keys and guidance keys of windows: `[spans, each]`, by how many they are."""
+    members = defaultdict(list)
+    for span in axis:
+        members[len(span.queries), len(span.keys), len(span.guidance)].append(span)
+    return [
+        tuple(torch.tensor([list(getattr(span, part)) for span in alike], dtype=torch.long) for part in Span._fields)
+        for alike in members.values()
+    ]
 
 
 def _places(grid: Grid, permutation: Tensor) -> Tensor:
@@ -270,10 +275,10 @@ def _places(grid: Grid, permutation: Tensor) -> Tensor:
     return permutation.argsort().view(grid.height, grid.width)
 
 
-def _within(places: Tensor, rectangle: Rectangle) -> Tensor:
-    """Places in memory of a rectangle's tokens, ascending, `[tokens]`."""
-    rows, columns = rectangle
-    return places[rows.start : rows.stop, columns.start : columns.stop].flatten().sort().values
+def _within(places: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Places in memory, ascending, of the tokens in rows `[R, a]` and columns `[C, b]`, crossed: `[R C, a b]`."""
+    found = places[rows[:, None, :, None], columns[None, :, None, :]]
+    return found.flatten(2).flatten(0, 1).sort(dim=1).values
 
 
 @lru_cache(maxsize=256)
