@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from scale_dit.errors import UserError
 from scale_dit.models.random_weights import base_settings, write_base
-from scale_dit.models.settings import FLUX1, KLEIN_BASE, KLEIN_DISTILLED, SCHNELL, BaseSettings
+from scale_dit.models.settings import FLUX1, KLEIN_BASE, KLEIN_DISTILLED, BaseSettings
 from scale_dit.models.shapes import shape_of
+from scale_dit.models.weights_folder import transformer_config
 from scale_dit.sampling import warn_of_unread_scales
 
 FLUX = {"transformer": ["diffusers", "FluxTransformer2DModel"]}
@@ -48,6 +49,7 @@ def test_another_kind_is_refused_before_weights_are_read(index, settings, messag
     [
         (FLUX, {}),
         (FLUX, {"family": "elsewhere.MyFlux"}),
+        (FLUX, {"guidance_scale": 1.0, "steps": 4}),
         (KLEIN, KLEIN_BASE),
         (KLEIN | {"is_distilled": True}, KLEIN_DISTILLED),
     ],
@@ -109,11 +111,36 @@ def test_a_transformer_of_another_family_or_depth_is_refused_before_it_is_loaded
             replace(klein, transformer_file=str(file)).check_weights()
 
 
+def test_a_file_of_the_other_variant_or_beside_an_average_of_itself(tmp_path):
+    dev, schnell = (write_base(name, tmp_path / name) for name in ("flux1_dev", "flux1_schnell"))
+    files = [next(Path(base.path, "transformer").glob("*.safetensors")) for base in (dev, schnell)]
+    for base, file, message in ((dev, files[1], "guidance is no input"), (schnell, files[0], "guidance is an input")):
+        with pytest.raises(UserError, match=rf"does not fit base '{base.name}'.*{message}"):
+            replace(base, transformer_file=str(file)).check_weights()
+    own = load_file(files[0])
+    twice = {f"{prefix}{key}": value.clone() for key, value in own.items() for prefix in ("model.", "ema.")}
+    save_file(twice, tmp_path / "twice.safetensors")
+    replace(dev, transformer_file=str(tmp_path / "twice.safetensors")).check_weights()
+
+
+def test_a_config_that_is_not_in_the_hubs_cache_is_said(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"transformer/config.json of some/model is neither.*base.path="):
+        transformer_config("some/model")
+
+
+def test_a_missing_folder_of_a_known_name_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="are neither in the folder"):
+        base_settings("flux1_dev", path=str(tmp_path / "FLUX.1-schnell")).check_weights()
+
+
 @pytest.mark.parametrize(
-    ("settings", "scale", "told"),
-    [(SCHNELL, 3.5, True), (SCHNELL, None, False), (SCHNELL, 1.0, False), (KLEIN_DISTILLED, 4, True), ({}, 5.0, False),
-     (KLEIN_BASE, 2.0, False)],
+    ("name", "scale", "told"),
+    [("flux1_schnell", 3.5, True), ("flux1_schnell", None, False), ("flux1_schnell", 1.0, False),
+     ("klein_4b", 4, True), ("klein_base_9b", 2.0, False), ("flux1_dev", 5.0, False)],
 )  # fmt: skip
-def test_guidance_scales_that_nothing_reads_are_said(settings, scale, told, caplog):
-    warn_of_unread_scales(BaseSettings(name="mine", **settings), scale, None)
+def test_guidance_scales_that_nothing_reads_are_said(name, scale, told, caplog):
+    transformer = shape_of(name, "full")["transformer"]
+    warn_of_unread_scales(base_settings(name), {"_class_name": transformer.kind, **transformer.sizes}, scale)
     assert ("nothing reads guidance_scale=" in caplog.text) == told

@@ -58,6 +58,13 @@ def test_options_of_another_command_in_the_folder_are_not_taken_over(typed, prin
     assert printed([*typed, "overwrite=true"]) == typed
 
 
+def test_flags_are_given_again(printed):
+    """A base in a config folder of the user's own is found only with it."""
+    flags = ["--config-dir", "/configs"]
+    assert printed([*flags, "resume=there", "stage=decode"]) == [*flags, "stage=decode", "resume=there"]
+    assert printed([*flags, "stage=decode", *OWN, "steps=9"]) == [*flags, "stage=decode", *OWN, "steps=9"]
+
+
 def test_the_same_options_elsewhere_are_another_command(printed, tmp_path, monkeypatch):
     """Their relative paths are others."""
     (tmp_path / "elsewhere").mkdir()

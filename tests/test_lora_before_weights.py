@@ -89,7 +89,8 @@ def test_a_style_of_kohyas_for_the_other_family_is_refused(unreadable, tmp_path)
 
 
 def test_a_base_with_its_transformer_in_a_file_is_told_by_its_configs(unreadable, tmp_path):
-    save_file({"weight": torch.ones(1)}, tmp_path / "transformer.safetensors")
+    """No weights but the file's names and shapes are read."""
+    save_file(build_transformer(GEOMETRY).state_dict(), tmp_path / "transformer.safetensors")
     base = replace(unreadable, transformer_file=str(tmp_path / "transformer.safetensors"))
     with pytest.raises(UserError, match="does not fit this base"):
         picture(base, Loras(own_of(flux("tiny"), tmp_path)), tmp_path / "pictures")

@@ -63,8 +63,9 @@ def figure(name: str, value: float, unit: str, row: Row, n: int | None = None) -
 
 
 def step_figures(rows: Sequence[Row]) -> list[FigureRow]:
-    """The windowed step at 4096 px over the stock one of the same command: seconds, of the fastest; memory, both eager,
-    keys and values on the card where that was measured; memory, both compiled, keys and values on the host."""
+    """The windowed step at 4096 px over the stock one of the same command, the last one that has both: seconds, of the
+    fastest; memory, both eager, keys and values on the card where that was measured; memory, both compiled, keys and
+    values on the host."""
     commands: dict[str, dict[str, Row]] = {}
     for row in rows:
         if (row["base"], row["px"]) == (BASE, "4096"):
@@ -81,8 +82,7 @@ def step_figures(rows: Sequence[Row]) -> list[FigureRow]:
              "stock_compiled"),
         ):  # fmt: skip
             if row is not None and stock in kinds:
-                ratio = figure(name, float(row[column]) / float(kinds[stock][column]), "ratio", row)
-                found[name] = min(found.get(name, ratio), ratio, key=lambda each: each.value)
+                found[name] = figure(name, float(row[column]) / float(kinds[stock][column]), "ratio", row)
     return list(found.values())
 
 
@@ -143,7 +143,8 @@ def write_tables(
     if quoted:
         fill_table(readme, ["figure", "", ""], quoted, "figures")
     if steps:
-        lines = [[row["base"], row["px"], KINDS[row["kind"]], row["seconds"], row["peak_gb"]] for row in steps]
+        newest = {(row["base"], row["px"], row["kind"]): row for row in steps}.values()
+        lines = [[row["base"], row["px"], KINDS[row["kind"]], row["seconds"], row["peak_gb"]] for row in newest]
         fill_table(readme, ["base", "px", "one step", "s", "peak GB"], lines, "steps")
     if pictures:
         lines = [

@@ -110,7 +110,7 @@ class ScaleDiTPipeline(StagedPipeline):
             low_pass=LowPass(low_pass, low_pass_schedule, low_pass_until), wrap=wrap,
         )  # fmt: skip
         _ = replace(self.decoding, wrap=wrap)  # says what cannot be
-        warn_of_unread_scales(settings, guidance_scale, draft_guidance_scale)
+        warn_of_unread_scales(settings, dict(self.transformer.config), guidance_scale, draft_guidance_scale)
         if self.lora_record:
             for difference in check_record(self.lora_record, settings.name, {"scale": recipe.plan.method.scale}):
                 log.warning("%s", difference)

@@ -16,6 +16,7 @@ from scale_dit.models import load_family
 from scale_dit.models.driver import Driver
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.single_file import transformer_of
+from scale_dit.models.weights_folder import has_guidance_input
 from scale_dit.pipeline_adapters import Adapters
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class LoadedPipeline(Adapters, DiffusionPipeline):
         self._no_adapters()
         self.base: Driver = None  # type: ignore[assignment]
         kind = type(transformer).__name__
-        embeds = getattr(getattr(transformer, "config", None), "guidance_embeds", True)
-        self.configure(BaseSettings.of_kind(kind, kind, is_distilled, embeds))
+        config = {} if transformer is None else dict(transformer.config)
+        self.configure(BaseSettings.of_kind(kind, kind, is_distilled, has_guidance_input(config)))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, settings: BaseSettings | None = None, **options: Any) -> Self:

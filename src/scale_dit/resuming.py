@@ -108,10 +108,15 @@ def go_on_command(folder: Path, *options: str, program: str = GENERATE) -> str:
     if "resume" in places:
         again = [each for each in typed if key_of(each) not in PLACES]
     elif places and not _is_begun_by_this(folder):
-        return _command(program, *typed, *options)
+        return _command(program, *_flags(), *typed, *options)
     else:
         again = [each for each in typed if key_of(each) in ONE_TIME]
-    return resume_command(folder, *again, *options, program=program)
+    return resume_command(folder, *_flags(), *again, *options, program=program)
+
+
+def _flags() -> list[str]:
+    """This process's arguments that are no overrides, such as `--config-dir` and its value, if a command was typed."""
+    return [argument for argument in sys.argv[1:] if not is_override(argument)] if _typed else []
 
 
 def _command(program: str, *options: str) -> str:

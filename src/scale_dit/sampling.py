@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings, check_guidance_scale
+from scale_dit.models.weights_folder import has_guidance_input
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +74,17 @@ def check_sampling(
             check_guidance_scale(name, value)
 
 
-def warn_of_unread_scales(base: BaseSettings, guidance_scale: float | None, draft_guidance_scale: float | None) -> None:
-    """Say so if guidance scales are given that nothing reads."""
+def warn_of_unread_scales(
+    base: BaseSettings, config: dict[str, Any], guidance_scale: float | None, draft_guidance_scale: float | None = None
+) -> None:
+    """Say so if guidance scales are given that nothing reads.
+
+    Args:
+        config: The transformer's.
+    """
     given = {"guidance_scale": guidance_scale, "draft_guidance_scale": draft_guidance_scale}
     named = [f"{name}={value:g}" for name, value in given.items() if value is not None and value != base.guidance_scale]
-    if named and not base.reads_guidance_scale:
+    if named and base.distilled and not has_guidance_input(config):
         log.warning(
             "nothing reads %s: base %s is distilled to few steps without guidance; choose one that has guidance, such "
             "as base=flux1_dev or base=klein_base_4b",

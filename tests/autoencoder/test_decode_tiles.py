@@ -56,7 +56,7 @@ def test_where_all_tiles_are_measured_they_are_exact():
     assert errors_of_tiles(vae, 25, 28, 22, 2 * reach(vae)) is None
     assert errors_of_tiles(vae, 22, 22, 22, 0) is None, "one tile has no edges"
     assert errors_of_tiles(vae, 25, 42, 22, 2 * reach(vae)) == tiles.ERRORS, "some of its tiles are not measured"
-    assert f"less than {16 * reach(vae)} px" in errors_of_tiles(vae, 25, 28, 22, 2 * reach(vae) - 1)
+    assert f"narrower than {16 * reach(vae)} px" in errors_of_tiles(vae, 25, 28, 22, 2 * reach(vae) - 1)
 
 
 def test_errors_that_are_told_are_those_that_were_measured():

@@ -29,8 +29,10 @@ def noisy(picture, sigma):
     return picture + sigma * torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("side", "first", "count"), [(256, 40, 200), (1024, 10, 25)])
+@pytest.mark.parametrize(
+    ("side", "first", "count"),
+    [(256, 10, 10), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((256, 40, 200), (1024, 10, 25)))],
+)
 def test_clean_renders(side, first, count):
     """The first ones are right in all but shape, hundreds nearly so."""
     scenes = whole_scenes(count)

@@ -151,9 +151,10 @@ def test_a_chosen_number_is_that_of_the_contact_sheet(make, tmp_path):
     make("drafts", others, stage="draft")
     (seen,) = make("drafts", others, stage="refine", pick=2)
     assert seen.name == "00002_seed11.png"
-    (tmp_path / "drafts" / "contact_sheet.json").write_text("[")
-    with pytest.raises(UserError, match=r"contact_sheet.json cannot be read .* give stage=draft"):
-        make("drafts", others, stage="refine", pick=1)
+    for broken in ("[", "null", '[{"index": 0}]'):
+        (tmp_path / "drafts" / "contact_sheet.json").write_text(broken)
+        with pytest.raises(UserError, match=r"contact_sheet.json cannot be read .* give stage=draft"):
+            make("drafts", others, stage="refine", pick=1)
 
 
 def test_a_contact_sheet_goes_with_its_drafts(make, tmp_path):

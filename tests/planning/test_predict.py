@@ -181,6 +181,19 @@ def test_blocks_come_at_their_own_rate_and_the_drafts_keys_and_values_with_them(
     assert seconds["refine"] == pytest.approx((28 * (blocks + kept) + blocks) / 1e9 + kept / 2e9)
 
 
+def test_a_second_branch_brings_every_block_again():
+    """Classifier-free guidance calls the transformer twice a step."""
+    one = planner(Memory(offload="group", keys_values="host"))
+    base = replace(FLUX1, distilled=False)
+    two = planner(Memory(offload="group", keys_values="host"), base, one.components)
+    slow = replace(CARD, host_copy=1e9)
+    one, two = (Planner(each.tracer, each.components, slow, each.settings, on_gpu=True) for each in (one, two))
+    seconds = [each.predict(1024, 1024, each.ways[-1]).seconds for each in (one, two)]
+    assert seconds[1]["draft"] == pytest.approx(2 * seconds[0]["draft"])
+    guidance = one.predict(1024, 1024, one.ways[-1]).guidance_seconds
+    assert seconds[1]["refine"] - guidance == pytest.approx(2 * (seconds[0]["refine"] - guidance))
+
+
 def test_the_first_picture_pins_host_memory_and_loads_libraries():
     machine = replace(CARD, pinning=1e9, first_encoding=0.5)
     found = planner(Memory(offload="group", keys_values="host", decode="host"))

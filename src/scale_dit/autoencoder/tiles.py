@@ -63,7 +63,10 @@ def errors_of_tiles(vae: Any, height: int, width: int, tile: int, overlap: int) 
     if tiles <= SAMPLED and not spoils:
         return None
     least = 2 * reach(vae) * 2 ** (len(vae.config.block_out_channels) - 1)
-    return f"{ERRORS}; overlaps of less than {least} px, as here, add to that" if spoils else ERRORS
+    narrow = f"tiles whose overlaps are narrower than {least} px, as here, are not exact"
+    if tiles <= SAMPLED:
+        return narrow
+    return f"{ERRORS}; {narrow} either" if spoils else ERRORS
 
 
 def shared_statistics(vae: Any, whole: Plane, tile: int, overlap: int, streaming: Streaming) -> Statistics:

@@ -20,6 +20,7 @@ from scale_dit.generation.run import generate
 from scale_dit.generation.window_prompts import read_window_prompts
 from scale_dit.lora_exchange import style_loras
 from scale_dit.method import Method
+from scale_dit.models.weights_folder import transformer_config
 from scale_dit.sampling import warn_of_unread_scales
 
 SAMPLING = (
@@ -55,7 +56,8 @@ def generate_pictures(cfg: DictConfig) -> None:
     texts = values["prompt"], values["prompts_file"]
     prompts = [remake.prompt(windows)] if remake is not None and texts == (None, None) else collect_prompts(*texts)
     sampling = Sampling(**{name: values[name] for name in SAMPLING})
-    warn_of_unread_scales(base, sampling.guidance_scale, sampling.draft_guidance_scale)
+    config = transformer_config(base.path)
+    warn_of_unread_scales(base, config, sampling.guidance_scale, sampling.draft_guidance_scale)
     files = Files(**{name: values[name] for name in (*FILES, "keep_latents")})
     job = Job(values["stage"], values["pick"], values["shard"], resume=values["resume"] is not None)
     photo = DraftPhoto(Path(values["draft"])) if values["draft"] is not None else None
@@ -91,7 +93,7 @@ def make_pairs(cfg: DictConfig) -> None:
     base.check_weights()
     prompts = collect_prompts(values["prompt"], values["prompts_file"])
     sampling = Sampling(steps=values["steps"], guidance_scale=values["guidance_scale"], scale=1.0)
-    warn_of_unread_scales(base, sampling.guidance_scale, None)
+    warn_of_unread_scales(base, transformer_config(base.path), sampling.guidance_scale)
     pictures = collect_pictures(prompts, base, ALONE, sampling, **{name: values[name] for name in FOR_ALL})
     warn_of_unread_negatives(pictures, base, ALONE, sampling)
     made = generate(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -63,27 +63,36 @@ def check_against_sheet(folder: OutputFolder, pictures: Sequence[Picture]) -> No
     Raises:
         UserError: With what the sheet shows; or its list cannot be read.
     """
-    shown = {entry["index"]: entry for entry in _listed(folder)}
+    shown = _listed(folder)
     for picture in pictures:
         entry = shown.get(picture.index)
-        if entry is not None and entry["draft"] != _draft_name(folder, picture):
+        if entry is not None and entry.draft != _draft_name(folder, picture):
             raise UserError(
-                f"picture {picture.index} on {folder.path / SHEET} has seed {entry['seed']} and prompt "
-                f"{shorten(entry['prompt'], LONGEST_PROMPT)!r}, but this command asks for seed {picture.seed} and "
+                f"picture {picture.index} on {folder.path / SHEET} has seed {entry.seed} and prompt "
+                f"{shorten(entry.prompt, LONGEST_PROMPT)!r}, but this command asks for seed {picture.seed} and "
                 f"prompt {shorten(picture.prompt, LONGEST_PROMPT)!r}. To refine what the sheet shows, leave out what "
                 "changes its numbers (seed=, n=, prompts); for new drafts give stage=draft first, or another folder "
                 "(output=...)"
             )
 
 
-def _listed(folder: OutputFolder) -> list[dict[str, Any]]:
-    """What the contact sheet shows; nothing if there is none."""
+class _Shown(NamedTuple):
+    """What is under a number."""
+
+    draft: str
+    seed: int
+    prompt: str
+
+
+def _listed(folder: OutputFolder) -> dict[int, _Shown]:
+    """What the contact sheet shows, by number; nothing if there is none."""
     path = folder.path / SHEET_LIST
     if not path.is_file():
-        return []
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        return {each["index"]: _Shown(each["draft"], each["seed"], each["prompt"]) for each in listed}
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it, or give stage=draft to write it anew") from error
 
 

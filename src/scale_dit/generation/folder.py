@@ -147,6 +147,7 @@ class OutputFolder:
         remedy = "choose another folder (output=...), or give overwrite=true"
         if (self.path / FINISHED).is_file() and not goes_on:
             raise UserError(f"{self.path} holds a finished run already: {remedy}")
+        remedy = f"go back to those, {remedy}, which removes what is there"
         missing, written_otherwise = [], []
         for picture in pictures:
             provenance = self.provenance(picture)

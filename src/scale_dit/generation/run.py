@@ -207,7 +207,7 @@ def _make_all(
         interrupted = True
     if interrupted:
         _say(console, "Interrupted; every step is saved. Go on with:")
-        _say(console, f"  {folder.go_on_command()}")
+        _say(console, f"  {folder.go_on_command(*([] if job.stage == 'all' else [f'stage={job.stage}']))}")
         sys.exit(INTERRUPTED_STATUS)
 
 

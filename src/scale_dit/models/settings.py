@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_dit.errors import UserError
-from scale_dit.models.weights_folder import INDEX, check_folder, transformer_config
+from scale_dit.models.weights_folder import INDEX, check_folder, has_guidance_input, transformer_config
 
 SETTINGS_FILE = "scale_dit.json"
 NAMES = {
@@ -24,8 +24,8 @@ NAMES = {
 FLUX1, FLUX2 = "scale_dit.models.flux1.Flux1", "scale_dit.models.flux2.Flux2Klein"
 FAMILY_OF_KIND = {"FluxTransformer2DModel": FLUX1, "Flux2Transformer2DModel": FLUX2}
 """Class of the transformer in diffusers -> family."""
-SCHNELL = {"shift": 1.0, "text_length": 256, "guidance_scale": 1.0, "guidance_embeds": False, "steps": 4}
-KLEIN = {"family": FLUX2, "guidance_embeds": False}
+SCHNELL = {"shift": 1.0, "text_length": 256, "guidance_scale": 1.0, "steps": 4}
+KLEIN = {"family": FLUX2}
 KLEIN_DISTILLED = KLEIN | {"shift": 9.9, "guidance_scale": 1.0, "steps": 4}
 KLEIN_BASE = KLEIN | {"shift": 7.6, "guidance_scale": 4.0, "steps": 50, "distilled": False}
 
@@ -58,8 +58,7 @@ class BaseSettings:
         training_spread: Standard deviation of those levels' normal; 1 is the paper's.
         guidance_scale: Default guidance scale of drafts, and of pictures that read none.
         refine_guidance_scale: Default of a refinement that reads its draft; `None` is `guidance_scale`.
-        distilled: There is no second evaluation for guidance.
-        guidance_embeds: Guidance is an input of the transformer instead (FLUX.1-dev).
+        distilled: Guidance is no second evaluation but an input of the transformer (FLUX.1-dev), or there is none.
         steps: Default steps of the draft and of the refinement.
         lora: The LoRA that evaluation and generation use unless they are told otherwise.
         transformer_file: A `.safetensors` file of the transformer, to use instead of the one in `path`.
@@ -79,7 +78,6 @@ class BaseSettings:
     guidance_scale: float = 3.5
     refine_guidance_scale: float | None = None
     distilled: bool = True
-    guidance_embeds: bool = True
     steps: int = 28
     lora: str | None = None
     transformer_file: str | None = None
@@ -100,11 +98,6 @@ class BaseSettings:
             return given
         refining = self.refine_guidance_scale if reads_draft else None
         return self.guidance_scale if refining is None else refining
-
-    @property
-    def reads_guidance_scale(self) -> bool:
-        """Whether a guidance scale changes anything."""
-        return not self.distilled or self.guidance_embeds
 
     def has_negative_branch(self, *guidance_scales: float) -> bool:
         """Whether any of these scales asks for the second branch of classifier-free guidance."""
@@ -130,8 +123,8 @@ class BaseSettings:
         from diffusers import DiffusionPipeline
 
         index = DiffusionPipeline.load_config(path)
-        embeds = transformer_config(path).get("guidance_embeds", True)
-        return cls.of_kind(index["transformer"][1], name, bool(index.get("is_distilled")), embeds, str(path))
+        distilled, embeds = bool(index.get("is_distilled")), has_guidance_input(transformer_config(path))
+        return cls.of_kind(index["transformer"][1], name, distilled, embeds, str(path))
 
     @classmethod
     def of_kind(
@@ -159,7 +152,8 @@ class BaseSettings:
         from scale_dit.models.single_file import check_fit
 
         named = NAMES.get(Path(self.path).name, self.name)
-        if named != self.name and self.name in NAMES.values() and not Path(self.path).exists():
+        may_be_hub_id = len(Path(self.path).parts) == 2 and not Path(self.path).exists()
+        if may_be_hub_id and named != self.name and self.name in NAMES.values():
             raise UserError(f"{self.path} is base={named}, not base={self.name}: change one of base and base.path")
         self._check_there()
         check_folder(self, FAMILY_OF_KIND)

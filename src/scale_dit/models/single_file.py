@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings
-from scale_dit.models.weights_folder import transformer_config
+from scale_dit.models.weights_folder import has_guidance_input, transformer_config
 
 INPUT_NAMES = {"picture": ("x_embedder", "img_in"), "text": ("context_embedder", "txt_in")}
 BLOCK_NAMES = {
@@ -21,6 +21,7 @@ BLOCK_NAMES = {
     "num_single_layers": ("single_transformer_blocks", "single_blocks"),
 }
 """Layers by the names of diffusers and of the authors' code."""
+GUIDANCE = re.compile(r"(?:^|\.)(?:guidance_embedder|guidance_in)\.")
 INPUTS = re.compile(r"(?:^|\.)(x_embedder|img_in|context_embedder|txt_in)\.weight$")
 
 
@@ -80,9 +81,9 @@ def check_fit(settings: BaseSettings) -> None:
     if settings.transformer_file is None:
         return
     config = transformer_config(settings.path)
-    if not config:
+    kind = config.get("_class_name")
+    if kind is None:
         return
-    kind = config["_class_name"]
     with safetensors.safe_open(settings.transformer_file, framework="pt") as opened:
         names = list(opened.keys())
         shapes = {name: opened.get_slice(name).get_shape() for name in names if INPUTS.search(name)}
@@ -90,9 +91,11 @@ def check_fit(settings: BaseSettings) -> None:
     wanted = {"picture": [width, config["in_channels"]], "text": [width, config["joint_attention_dim"]]}
     for input_of, (inner, outer) in INPUT_NAMES.items():
         found = [shape for name, shape in shapes.items() if name.split(".")[-2] in (inner, outer)]
-        if found != [wanted[input_of]]:
+        if wanted[input_of] not in found:
             said = f"of {found[0]}" if found else "missing"
             raise _does_not_fit(settings, kind, f"the {input_of}'s input layer is {said}, not of {wanted[input_of]}")
+    if any(map(GUIDANCE.search, names)) != has_guidance_input(config):
+        raise _does_not_fit(settings, kind, f"guidance is {'no' if has_guidance_input(config) else 'an'} input of it")
     for blocks, (inner, outer) in BLOCK_NAMES.items():
         numbers = re.findall(rf"(?:^|\.)(?:{inner}|{outer})\.(\d+)\.", "\n".join(names), re.MULTILINE)
         if (found_blocks := len(set(numbers))) != config[blocks]:

@@ -16,13 +16,28 @@ SIZES = ("num_layers", "num_single_layers", "num_attention_heads", "attention_he
 
 
 def transformer_config(path: str) -> dict[str, Any]:
-    """The transformer's config in a folder of diffusers' format or of a hub id; `{}` for a folder without it."""
+    """The transformer's config in a folder of diffusers' format or of a hub id; `{}` for a folder without it.
+
+    Raises:
+        UserError: It is neither in the hub's local cache nor to be had from the hub.
+    """
     if Path(path).is_dir():
         file = Path(path) / CONFIG
         return json.loads(file.read_text()) if file.is_file() else {}
     from huggingface_hub import hf_hub_download
 
-    return json.loads(Path(hf_hub_download(path, CONFIG)).read_text())
+    try:
+        return json.loads(Path(hf_hub_download(path, CONFIG)).read_text())
+    except OSError as error:
+        raise UserError(
+            f"{CONFIG} of {path} is neither in the hub's cache nor to be had from the hub ({type(error).__name__}): "
+            "download the whole model once, or give a local folder with base.path=/path/to/weights"
+        ) from error
+
+
+def has_guidance_input(config: dict[str, Any]) -> bool:
+    """Whether a transformer of this config takes the guidance scale as an input; without a config, as FLUX.1-dev."""
+    return bool(config.get("guidance_embeds", config.get("_class_name") != "FluxTransformer2DModel"))
 
 
 def check_folder(settings: BaseSettings, family_of_kind: dict[str, str]) -> None:
@@ -46,16 +61,18 @@ def check_folder(settings: BaseSettings, family_of_kind: dict[str, str]) -> None
         return
     if settings.family != family:
         raise _other(settings, f"holds a {kind}", _bases(kind))
-    distilled, embeds = index.get("is_distilled"), config.get("guidance_embeds")
-    # Only FLUX.2-klein's index says it.
+    distilled = index.get("is_distilled")  # only FLUX.2-klein's index says it
     if distilled is not None and bool(distilled) != settings.distilled:
         fitting = [name for name in _bases(kind) if name.startswith("klein_base") != bool(distilled)]
         raise _other(settings, f"says is_distilled={bool(distilled)}", fitting)
-    if settings.distilled and embeds is not None and bool(embeds) != settings.guidance_embeds:
-        fitting = [name for name in _bases(kind) if _sizes_of(name)["guidance_embeds"] == bool(embeds)]
-        raise _other(settings, f"says guidance_embeds={bool(embeds)}", fitting)
+    if settings.name not in _bases(kind) or not config:
+        return
+    embeds = has_guidance_input(config)
+    if embeds != _sizes_of(settings.name)["guidance_embeds"]:
+        fitting = [name for name in _bases(kind) if _sizes_of(name)["guidance_embeds"] == embeds]
+        raise _other(settings, f"says guidance_embeds={embeds}", fitting)
     fitting = [name for name in _bases(kind) if all(_sizes_of(name)[size] == config.get(size) for size in SIZES)]
-    if fitting and settings.name in _bases(kind) and settings.name not in fitting:
+    if fitting and settings.name not in fitting:
         blocks = f"{config['num_layers']} and {config['num_single_layers']} blocks"
         width = config["num_attention_heads"] * config["attention_head_dim"]
         raise _other(settings, f"holds a {kind} of {blocks} of width {width}", fitting)

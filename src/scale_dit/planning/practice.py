@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scale_dit.method import Method
+from scale_dit.models import load_family
 from scale_dit.models.random_weights import base_settings, fitted, on_meta, random_components
 from scale_dit.models.settings import BaseSettings
 from scale_dit.models.shapes import Shape, shape_of
@@ -64,17 +65,19 @@ def thin_pipeline(device: torch.device, dtype: torch.dtype) -> ScaleDiTPipeline:
     return pipeline
 
 
-def first_encoding(device: torch.device, dtype: torch.dtype) -> float:
+def first_encoding(device: str, dtype: torch.dtype) -> float:
     """Seconds that the first prompt takes beyond the next one, in a process in which nothing was computed before.
 
     Another process must have used the libraries before, or it is the disk that is measured.
     """
-    pipeline = thin_pipeline(device, dtype)
-    first, second = StageCost(), StageCost()
-    for cost in (first, second):
-        with cost.stage("text", device):
-            pipeline.base.encode_prompts(["a thin base"])
-    return max(0.0, first.seconds["text"] - second.seconds["text"])
+    settings, shape, _ = thin_base(on_gpu=True)
+    text = {name: part for name, part in shape.items() if name.startswith("text_encoder")}
+    parts = dict.fromkeys(("vae", "transformer")) | random_components(text, device, dtype)
+    driver, costs = load_family(settings).from_components(parts, settings), (StageCost(), StageCost())
+    for cost in costs:
+        with cost.stage("text", torch.device(device)):
+            driver.encode_text(["a thin base"], settings.text_length, torch.device(device))
+    return max(0.0, costs[0].seconds["text"] - costs[1].seconds["text"])
 
 
 def in_practice(machine: Machine, pipeline: ScaleDiTPipeline) -> Machine:

@@ -97,9 +97,9 @@ class Planner:
     def _seconds(self, work: Work, way: Memory) -> dict[str, float]:
         spent = self.machine.seconds
         copied = {stage: moved / self.machine.host_copy for stage, moved in self._copied(way).items()}
-        draft_steps = work.draft_steps if work.draft is not None else 0
-        draft = self._passes("draft", work.draft, draft_steps, way)
-        refine = self._passes("refine", work.refine, work.refine_steps, way, self._kept_on_host(work, way))
+        draft = self._passes("draft", work.draft, work.draft_steps, way, work.draft_branches)
+        read = self._kept_on_host(work, way)
+        refine = self._passes("refine", work.refine, work.refine_steps, way, work.refine_branches, read)
         refine += self._guidance(work, way)
         text = spent(work.text, self.machine.text_launch)
         decode = self._in_practice("decode", spent(work.decode[way.decode]))
@@ -130,18 +130,22 @@ class Planner:
         written = self._kept_on_host(work, way) / self.machine.host_copy
         return self._passes("refine", work.guidance, passes, way) + passes * written
 
-    def _passes(self, stage: str, step: Trace | None, count: int, way: Memory, read: int = 0) -> float:
+    def _passes(
+        self, stage: str, step: Trace | None, count: int, way: Memory, branches: int = 1, read: int = 0
+    ) -> float:
         """Seconds of `count` steps; what is not on the card comes while it computes, or it waits.
 
         Args:
-            read: Bytes that come from host memory beside weights.
+            branches: How often a step calls the transformer, all of which are in `step`.
+            read: Bytes that come from host memory beside weights, at each of them.
         """
         if step is None:
             return 0.0
-        seconds = self.machine.seconds(step) + FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
+        seconds = self.machine.seconds(step) + branches * FP8_CAST_BYTES * self.weights.cast / self.machine.bandwidth
         seconds = self._in_practice(stage, seconds) + self.machine.between_steps
         if way.offload == "group":
-            seconds = max(seconds, (self.weights.blocks + read) / (self.machine.group_copy or self.machine.host_copy))
+            brought = branches * (self.weights.blocks + read)
+            seconds = max(seconds, brought / (self.machine.group_copy or self.machine.host_copy))
         return count * seconds
 
     def _in_practice(self, stage: str, seconds: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +71,7 @@ class RunPlan:
         self.limit = int(MARGIN * free_bytes(device)) if memory.limit_gb is None else int(memory.limit_gb * 1e9)
         self.memory = self.planner.choose([(each.height, each.width) for each in pictures], self.limit)
         self.actual = Actual()
+        self.noted: set[str] = set()
 
     def show(self, console: Console) -> None:
         """Print what the largest picture will take, if it is the first of them."""
@@ -84,9 +86,14 @@ class RunPlan:
         self.actual.ahead = apply_memory(pipeline, self.memory, self.device, every)
 
     def note(self, picture: Picture, seconds: Mapping[str, float], peak_bytes: Mapping[str, int]) -> None:
-        """Note what a picture took, by stage."""
+        """Note what a picture took, by stage; of prompts that were encoded beforehand, each once."""
         predicted = self._predicted(picture)
-        self.actual.add(predicted if self.actual.pictures else predicted.as_first(), seconds, peak_bytes)
+        if not self.actual.pictures:
+            predicted = predicted.as_first()
+        elif self.actual.ahead.seconds and picture.prompt in self.noted:
+            predicted = replace(predicted, seconds=predicted.seconds | {"text": 0.0})
+        self.noted.add(picture.prompt)
+        self.actual.add(predicted, seconds, peak_bytes)
 
     def show_actual(self, console: Console) -> None:
         """Print what the pictures took beside what was predicted."""
@@ -112,7 +119,7 @@ class RunPlan:
 
 
 def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The profile of the device: a known one, else it is measured now, which takes seconds, and kept."""
+    """The profile of the device: a known one, else it is measured now, which takes a minute, and kept."""
     known = find_machine(device, dtype)
     if known is not None:
         return known

@@ -42,14 +42,17 @@ class Work:
         decode_peaks: Bytes that it takes in every mode.
         host_bytes: Bytes of host memory that it takes in the mode `host`.
         draft_steps, refine_steps: How often.
+        draft_branches, refine_branches: How often a step calls the transformer: twice for classifier-free guidance.
     """
 
     text: Trace
     draft: Trace | None
     draft_steps: int
+    draft_branches: int
     guidance: Trace | None
     refine: Trace | None
     refine_steps: int
+    refine_branches: int
     decode: dict[str, Trace]
     decode_peaks: dict[str, int]
     host_bytes: int
@@ -103,9 +106,11 @@ class Tracer:
             self._text(2 if has_negative else 1),
             self._step(below, draft_scale, None) if needs_draft else None,
             base.steps if sampling.draft_steps is None else sampling.draft_steps,
+            1 + base.has_negative_branch(draft_scale),
             guidance,
             self._step(plan, refine_scale, keys_values) if refines else None,
             base.steps if sampling.steps is None else sampling.steps,
+            1 + base.has_negative_branch(refine_scale),
             decode,
             decode_peaks,
             host_bytes(self.components.modules["vae"], *sides),
