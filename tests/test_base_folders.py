@@ -123,6 +123,15 @@ def test_a_file_of_the_other_variant_or_beside_an_average_of_itself(tmp_path):
     replace(dev, transformer_file=str(tmp_path / "twice.safetensors")).check_weights()
 
 
+def test_a_file_for_a_family_by_others_is_not_looked_into(tmp_path):
+    path = write_folder(tmp_path, {"transformer": ["mine", "MyTransformer"]}, {"_class_name": "MyTransformer"})
+    save_file({"weight": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    base = BaseSettings(
+        name="mine", path=path, family="elsewhere.My", transformer_file=str(tmp_path / "mine.safetensors")
+    )
+    base.check_weights()
+
+
 def test_a_config_that_is_not_in_the_hubs_cache_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"transformer/config.json of some/model is neither.*base.path="):

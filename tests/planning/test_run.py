@@ -18,6 +18,7 @@ from scale_dit.generation import DraftPhoto, Files, FinishedPicture, Picture, Re
 from scale_dit.generation.job import Job
 from scale_dit.method import Method
 from scale_dit.picture_files import load_picture, save_picture
+from scale_dit.planning.machine import find_machine
 from scale_dit.planning.memory import Memory
 from scale_dit.planning.predict import Prediction
 from scale_dit.planning.report import before
@@ -42,6 +43,19 @@ def test_plan_and_outcome_are_printed(small_settings, tmp_path):
     for stage in ("text", "draft", "refine", "decode", "in all"):
         assert re.search(rf"{stage}\W+[\d.]+", before)
         assert re.search(rf"{stage}\W+[\d.]+\W+[\d.]+", after), "seconds predicted and measured"
+
+
+def test_what_happens_once_is_planned_once(small_settings, tmp_path, monkeypatch):
+    """Libraries are loaded for the first picture, and the same prompt is encoded beforehand for both."""
+    machine = replace(find_machine(torch.device("cpu"), torch.float32), text_launch=0.01, first_encoding=50.0)
+    monkeypatch.setattr("scale_dit.planning.run.machine_of", lambda *_: machine)
+    told = [run(small_settings, tmp_path / offload, Memory(offload)) for offload in ("none", "text")]
+    each, once = (rows(printed)["text"][0] - 50 for printed in told)
+    assert once > 0.5
+    assert each == pytest.approx(2 * once, abs=0.2)
+    shown = re.search(r"text\W+([\d.]+)", told[0].split("Predicted and actual")[0])
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(50 + once, abs=0.1), "the plan is a first picture's"
 
 
 @pytest.mark.parametrize(("mode", "told"), [("tiled", True), ("streamed", False)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
-from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_bytes
+from scale_dit.autoencoder.memory import BAND_ELEMENTS, decode_bytes, encode_bytes, upscaling
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.autoencoder.tiles import errors_of_tiles, tiled_decode
 from scale_dit.errors import UserError
@@ -93,7 +93,7 @@ class Decoding:
         Args:
             free: Bytes of the device's memory to be had; by default what it has free.
         """
-        height, width = (_scale(vae) * side for side in latents.shape[-2:])
+        height, width = (upscaling(vae) * side for side in latents.shape[-2:])
         return replace(self, mode=self.choice(vae, height, width, free_bytes(latents.device) if free is None else free))
 
 
@@ -107,7 +107,7 @@ def decode_bands(vae: Any, latents: Tensor, how: Decoding, free: int | None = No
     Yields:
         First row and `[1, 3, rows, W]` in [0, 1], float32, on the latents' device.
     """
-    scale, device = _scale(vae), latents.device
+    scale, device = upscaling(vae), latents.device
     sides = latents.shape[-2], latents.shape[-1]
     height, width = (scale * side for side in sides)
     how = how.resolved(vae, latents, free)
@@ -171,14 +171,9 @@ def encode(vae: Any, pictures: Tensor, how: Decoding | None = None) -> Tensor:
 
 
 def _whole_batch_fits(vae: Any, latents: Tensor, how: Decoding) -> bool:
-    scale, count = _scale(vae), len(latents)
+    scale, count = upscaling(vae), len(latents)
     free = free_bytes(latents.device)
     return how.choice(vae, scale * latents.shape[-2] * count, scale * latents.shape[-1], free) == "whole"
-
-
-def _scale(vae: Any) -> int:
-    """Side of a picture / side of its latents."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _streaming(device: torch.device, mode: str, wrap: str) -> Streaming:

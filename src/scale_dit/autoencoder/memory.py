@@ -69,6 +69,11 @@ def decode_bytes(
     return max(middle, kept + _streamed_bytes(vae, _levels(channels, *sides), "streamed", band_elements, device))
 
 
+def upscaling(vae: Any) -> int:
+    """Side of a picture / side of its latents."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def host_bytes(vae: Any, height: int, width: int, encoding: bool = False) -> int:
     """Bytes of host memory that decoding, or encoding, takes in the mode `host`."""
     levels = _levels(vae.config.block_out_channels if encoding else _decoder_channels(vae), height, width)

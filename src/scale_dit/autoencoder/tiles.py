@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scale_dit.autoencoder.layers import enlarge, middle
-from scale_dit.autoencoder.memory import SAMPLED
+from scale_dit.autoencoder.memory import SAMPLED, upscaling
 from scale_dit.autoencoder.planes import Plane
 from scale_dit.autoencoder.streaming import Statistics, Streaming
 
@@ -62,7 +62,7 @@ def errors_of_tiles(vae: Any, height: int, width: int, tile: int, overlap: int) 
     spoils = tiles > 1 and overlap < 2 * reach(vae)
     if tiles <= SAMPLED and not spoils:
         return None
-    least = 2 * reach(vae) * 2 ** (len(vae.config.block_out_channels) - 1)
+    least = 2 * reach(vae) * upscaling(vae)
     narrow = f"tiles whose overlaps are narrower than {least} px, as here, are not exact"
     if tiles <= SAMPLED:
         return narrow
@@ -93,7 +93,7 @@ def join_tiles(vae: Any, whole: Plane, tile: int, overlap: int, streaming: Strea
     Args:
         streaming: With the statistics of every norm.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = upscaling(vae)
     margin = min(reach(vae), overlap // 2)
     tops, lefts = (_starts(side, tile, overlap) for side in (whole.height, whole.width))
     below: tuple[Tensor, Tensor] | None = None

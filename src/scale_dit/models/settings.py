@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from scale_dit.errors import UserError
-from scale_dit.models.weights_folder import INDEX, check_folder, has_guidance_input, transformer_config
+from scale_dit.models.weights_folder import (
+    FLUX1,
+    FLUX2,
+    INDEX,
+    check_folder,
+    has_guidance_input,
+    transformer_config,
+)
 
 SETTINGS_FILE = "scale_dit.json"
 NAMES = {
@@ -21,9 +28,6 @@ NAMES = {
     "FLUX.2-klein-base-9B": "klein_base_9b",
 }
 """The last part of a hub id -> the base's name in `configs/base`."""
-FLUX1, FLUX2 = "scale_dit.models.flux1.Flux1", "scale_dit.models.flux2.Flux2Klein"
-FAMILY_OF_KIND = {"FluxTransformer2DModel": FLUX1, "Flux2Transformer2DModel": FLUX2}
-"""Class of the transformer in diffusers -> family."""
 SCHNELL = {"shift": 1.0, "text_length": 256, "guidance_scale": 1.0, "steps": 4}
 KLEIN = {"family": FLUX2}
 KLEIN_DISTILLED = KLEIN | {"shift": 9.9, "guidance_scale": 1.0, "steps": 4}
@@ -156,7 +160,7 @@ class BaseSettings:
         if may_be_hub_id and named != self.name and self.name in NAMES.values():
             raise UserError(f"{self.path} is base={named}, not base={self.name}: change one of base and base.path")
         self._check_there()
-        check_folder(self, FAMILY_OF_KIND)
+        check_folder(self)
         check_fit(self)
 
     def _check_there(self) -> None:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from scale_dit.errors import UserError
 from scale_dit.models.settings import BaseSettings
-from scale_dit.models.weights_folder import has_guidance_input, transformer_config
+from scale_dit.models.weights_folder import FAMILY_OF_KIND, has_guidance_input, transformer_config
 
 INPUT_NAMES = {"picture": ("x_embedder", "img_in"), "text": ("context_embedder", "txt_in")}
 BLOCK_NAMES = {
@@ -75,6 +75,8 @@ def check_transformer_file(file: str | None) -> None:
 def check_fit(settings: BaseSettings) -> None:
     """Hold the names and shapes of `settings.transformer_file` against the transformer's config, weights unread.
 
+    Transformers of families that this project does not know are not looked into.
+
     Raises:
         UserError: It is of another family, or of another size.
     """
@@ -82,7 +84,7 @@ def check_fit(settings: BaseSettings) -> None:
         return
     config = transformer_config(settings.path)
     kind = config.get("_class_name")
-    if kind is None:
+    if kind not in FAMILY_OF_KIND:
         return
     with safetensors.safe_open(settings.transformer_file, framework="pt") as opened:
         names = list(opened.keys())

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from scale_dit.models.settings import BaseSettings
 
 INDEX, CONFIG = "model_index.json", "transformer/config.json"
+FLUX1, FLUX2 = "scale_dit.models.flux1.Flux1", "scale_dit.models.flux2.Flux2Klein"
+FAMILY_OF_KIND = {"FluxTransformer2DModel": FLUX1, "Flux2Transformer2DModel": FLUX2}
+"""Class of the transformer in diffusers -> family."""
 SIZES = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
 
 
@@ -40,13 +43,10 @@ def has_guidance_input(config: dict[str, Any]) -> bool:
     return bool(config.get("guidance_embeds", config.get("_class_name") != "FluxTransformer2DModel"))
 
 
-def check_folder(settings: BaseSettings, family_of_kind: dict[str, str]) -> None:
+def check_folder(settings: BaseSettings) -> None:
     """Refuse a folder of another family, variant or size than its base.
 
     Families that this project does not know may have any.
-
-    Args:
-        family_of_kind: Class of the transformer in diffusers -> family.
 
     Raises:
         UserError: It is of another kind; with the bases that are of this one.
@@ -56,8 +56,8 @@ def check_folder(settings: BaseSettings, family_of_kind: dict[str, str]) -> None
         return
     index, config = json.loads((path / INDEX).read_text()), transformer_config(settings.path)
     kind = index.get("transformer", [None, None])[1]
-    family = family_of_kind.get(kind)
-    if family is None or settings.family not in family_of_kind.values():
+    family = FAMILY_OF_KIND.get(kind)
+    if family is None or settings.family not in FAMILY_OF_KIND.values():
         return
     if settings.family != family:
         raise _other(settings, f"holds a {kind}", _bases(kind))

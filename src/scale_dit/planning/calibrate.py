@@ -51,7 +51,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
 
 def _first_encoding(device: torch.device, dtype: torch.dtype) -> float:
     """`practice.first_encoding` of a process of its own; 0 where a card does not let another one in."""
-    code = f"import torch\nfrom scale_dit.planning.practice import *\nprint(first_encoding({str(device)!r}, {dtype}))"
+    code = (
+        "import torch\nfrom scale_dit.planning.practice import first_encoding\n"
+        f"print(first_encoding({str(device)!r}, {dtype}))"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

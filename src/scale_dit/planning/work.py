@@ -13,7 +13,7 @@ from torch import Tensor
 from scale_dit.attention import resolve
 from scale_dit.autoencoder.decoding import DECODES
 from scale_dit.autoencoder.layers import streamed_decode, streamed_encode
-from scale_dit.autoencoder.memory import decode_bytes, host_bytes
+from scale_dit.autoencoder.memory import decode_bytes, host_bytes, upscaling
 from scale_dit.autoencoder.streaming import Streaming
 from scale_dit.method import Method, Plan, draft_plan
 from scale_dit.models.settings import BaseSettings
@@ -153,7 +153,7 @@ class Tracer:
     def _decode(self, height: int, width: int) -> tuple[dict[str, Trace], dict[str, int]]:
         """Traces of decoding whole and streamed, and bytes that every mode takes."""
         vae: Any = self.components.modules["vae"]
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = upscaling(vae)
         shape = (1, vae.config.latent_channels, height // factor, width // factor)
 
         def latents() -> Tensor:
